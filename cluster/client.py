@@ -1,0 +1,402 @@
+"""The cluster as a user holds it: launch or attach, then workspaces, names, checkpoints, recovery."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+
+from ..ops.errors import BlobspaceError, ConflictError, InvalidInputError, NotFoundError, WorkspaceLostError
+from ..ops.net import Net
+from ..ops.definitions import NetDef
+from ..ops.values import check_plain
+from ..workspace_actors.handle import WorkspaceHandle
+from ..workspace_actors.packed_names import unpack_names
+from ..workspace_actors.ray_errors import unwrapped
+from ..workspace_actors.workspace import BlobSpec, check_workspace_name
+from .checkpoint import CheckpointSummary, LocalStore, list_checkpoints
+from .config import ClusterConfig, load_config, make_config
+from .coordinator import NAMESPACE, CoordinatorActor, coordinator_name
+from .messages import CheckpointReport, ClusterView, NamesUpdate, RestoreReport
+
+
+class Cluster:
+    """A named set of workspaces and their coordinator. Make one with :meth:`launch` or :meth:`attach`.
+
+    As a context manager, a cluster that was launched is shut down at the end; one that was attached to is left.
+    A cluster that is not detached also ends with the process that launched it.
+
+    Example::
+
+        with Cluster.launch({"workspaces": [{"name": "w{index}", "count": 4}]}) as cluster:
+            cluster.workspaces["w0"].feed_blob("x", numpy.ones(3))
+            print(cluster.blob_names())
+            cluster.checkpoint(step=1, root="/shared/checkpoints")
+    """
+
+    def __init__(self, coordinator: Any, view: ClusterView, *, is_owner: bool) -> None:
+        self._coordinator = coordinator
+        self._view = view
+        self._is_owner = is_owner
+        self._names: dict[str, tuple[int, dict[str, list[str]]]] = {}
+        self._names_at = -1
+        self._workspaces = _Workspaces(self)
+
+    @classmethod
+    def launch(
+        cls, config: ClusterConfig | Mapping[str, Any] | str | Path, *, detached: bool = False
+    ) -> Cluster:
+        """Make a cluster: a coordinator and its workspaces. Starts a local Ray if none is connected.
+
+        Args:
+            config: A :class:`ClusterConfig`, a mapping of the same shape, or the path of a YAML file.
+            detached: Let the cluster outlive this process; others :meth:`attach` to it by its name.
+
+        Raises:
+            InvalidInputError: The configuration is wrong, or no set of nodes here can ever hold it.
+            ConflictError: There is a cluster of that name already.
+            DeadlineError: The workspaces did not start in time; nothing is left behind.
+        """
+        checked = load_config(config) if isinstance(config, (str, Path)) else make_config(config)
+        if checked.checkpoint_root is not None:
+            checked = checked.model_copy(update={"checkpoint_root": _absolute(checked.checkpoint_root)})
+        _connect()
+        name = coordinator_name(checked.name)
+        with suppress(ValueError):
+            ray.get_actor(name, namespace=NAMESPACE)
+            raise ConflictError(
+                f"A cluster named {checked.name!r} exists already. Attach to it (Cluster.attach({checked.name!r})), "
+                f"end it (blobspace down), or launch under another name.",
+                cluster=checked.name,
+            )
+        options: dict[str, Any] = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 1000}
+        if detached:
+            options |= {"lifetime": "detached", "max_restarts": -1}
+        try:
+            coordinator = ray.remote(CoordinatorActor).options(**options).remote(checked, detached)
+        except ValueError as error:
+            raise ConflictError(f"A cluster named {checked.name!r} was launched at the same moment.") from error
+        try:
+            view = _get(coordinator.start.remote(), "the coordinator")
+        except BlobspaceError:
+            ray.kill(coordinator)
+            raise
+        return cls(coordinator, view, is_owner=True)
+
+    @classmethod
+    def attach(cls, name: str = "default") -> Cluster:
+        """Return the running cluster of that name, made by this or another job.
+
+        Raises:
+            NotFoundError: There is none on the Ray that this process is connected to.
+        """
+        check_workspace_name(name)
+        _connect()
+        try:
+            coordinator = ray.get_actor(coordinator_name(name), namespace=NAMESPACE)
+        except ValueError:
+            raise NotFoundError(
+                f"There is no cluster named {name!r} on this Ray. Clusters here: {', '.join(clusters()) or 'none'}. "
+                f"Make one with 'blobspace up', and check RAY_ADDRESS.",
+                cluster=name,
+            ) from None
+        return cls(coordinator, _get(coordinator.view.remote(), "the coordinator"), is_owner=False)
+
+    @property
+    def name(self) -> str:
+        """The cluster's name."""
+        return self._view.name
+
+    @property
+    def workspaces(self) -> Mapping[str, WorkspaceHandle]:
+        """Handles of the workspaces by name; a child is reached as ``"parent:path"``."""
+        return self._workspaces
+
+    def view(self) -> ClusterView:
+        """Return what the coordinator knows of the cluster now: members, placement, losses."""
+        self._view = _get(self._coordinator.view.remote(), "the coordinator")
+        return self._view
+
+    # --- the catalog ---------------------------------------------------------------------------------------
+
+    def blob_names(self) -> dict[str, list[str]]:
+        """Return the blob names of every workspace: sorted, without duplicates; children as ``parent:path``.
+
+        The coordinator aggregates them. What this process knows already is only checked against the workspaces'
+        names-versions, which costs one small call each.
+
+        Raises:
+            WorkspaceLostError: A workspace is gone, so the answer would not be the whole truth.
+        """
+        if not self._names_are_fresh():
+            known = {name: version for name, (version, _) in self._names.items()}
+            update: NamesUpdate = _get(self._coordinator.names.remote(known), "the coordinator")
+            if update.version != self._view.version:
+                self.view()
+            for name, (version, packed) in update.packed.items():
+                self._names[name] = (version, unpack_names(packed))
+            self._names_at = update.version
+            self._names = {member.name: self._names[member.name] for member in self._view.members}
+        return {name: list(names) for _, family in self._names.values() for name, names in family.items()}
+
+    def _names_are_fresh(self) -> bool:
+        if self._names_at != self._view.version:
+            return False
+        references = [self._coordinator.version.remote()]
+        references += [member.actor.names_version.remote() for member in self._view.members if member.is_alive]
+        try:
+            version, *versions = ray.get(references)
+        except ray.exceptions.RayActorError:
+            return False
+        return version == self._names_at and versions == [known for known, _ in self._names.values()]
+
+    def blobs(self, match: str = "*", *, workspace: str = "*") -> list[BlobSpec]:
+        """Return the specs of blobs: dtype, shape, bytes, version, and the workspace that owns them.
+
+        Args:
+            match: Pattern for blob names, as in a shell (``"*_grad"``).
+            workspace: Pattern for workspace names; a child is ``parent:path``.
+
+        Raises:
+            WorkspaceLostError: A workspace is gone.
+        """
+        answers = _get(self._coordinator.specs.remote(), "the coordinator")
+        return [
+            spec
+            for _, specs in answers
+            for spec in specs
+            if fnmatch.fnmatchcase(spec.name, match) and fnmatch.fnmatchcase(spec.workspace, workspace)
+        ]
+
+    # --- all workspaces at once ----------------------------------------------------------------------------
+
+    def create_net(self, net: Net | NetDef, *, overwrite: bool = False) -> None:
+        """Create a net in every workspace."""
+        self._everywhere("create_net", net, overwrite=overwrite)
+
+    def run_net(self, name: str, iterations: int = 1) -> None:
+        """Run a net in every workspace at the same time, and wait for all.
+
+        Raises:
+            WorkspaceLostError: A workspace is gone; the others have ended their part, or failed for its sake.
+            BlobspaceError: A workspace's net failed.
+        """
+        self._everywhere("run_net", name, iterations=iterations)
+
+    def _everywhere(self, verb: str, *args: Any, **kwargs: Any) -> None:
+        handles = [self._workspaces[member.name] for member in self._view.members]
+        references = [handle.submit(verb, *args, **kwargs) for handle in handles]
+        failures: list[tuple[str, Exception]] = []
+        for handle, reference in zip(handles, references, strict=True):
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayError as error:
+                failures.append((handle.name, error))
+        for name, error in failures:
+            if isinstance(error, ray.exceptions.RayActorError):
+                raise self._lost(name, unwrapped(error, f"workspace {name!r}")) from None
+        if failures:
+            name, error = failures[0]
+            raise unwrapped(error, f"workspace {name!r}") from None
+
+    # --- checkpoint, restore, recover ----------------------------------------------------------------------
+
+    def checkpoint(
+        self,
+        step: int,
+        *,
+        root: str | os.PathLike[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+        deadline_s: float | None = None,
+    ) -> CheckpointReport:
+        """Save every blob, net and generator of every workspace, as of one moment, in one atomic commit.
+
+        Compute stops at an iteration boundary, for about the time of a few actor calls, and goes on while the
+        bytes are written. When this returns the checkpoint is durable. When it raises, nothing of it is visible
+        and earlier checkpoints are untouched; after a StorageError from the commit itself, look before retrying.
+
+        Args:
+            step: From 0; names the checkpoint.
+            root: Folder that all nodes share; None means the configured one.
+            metadata: Plain values to keep with it.
+            replace: Replace a checkpoint of that step, which stays valid until this one is committed.
+            deadline_s: How long it may take; None means the configured time.
+
+        Raises:
+            ConflictError: The step has a checkpoint and ``replace`` is False; or another operation is running.
+            DeadlineError: Names who did not answer, and in which phase.
+            StorageError: No space, no permission, or a root that the nodes do not share.
+            WorkspaceLostError: A workspace was lost before the commit.
+        """
+        plain = dict(metadata or {})
+        check_plain(plain, where="The checkpoint's metadata")
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
+            raise InvalidInputError(f"A step is an integer from 0 to 2**63 - 1; found {step!r}.")
+        reference = self._coordinator.checkpoint.remote(step, self._root(root), plain, replace, deadline_s)
+        return _get(reference, "the coordinator")
+
+    def restore(
+        self,
+        step: int | None = None,
+        *,
+        root: str | os.PathLike[str] | None = None,
+        deadline_s: float | None = None,
+    ) -> RestoreReport:
+        """Take every workspace back to a checkpoint: blobs, nets, generators, bit by bit.
+
+        Everything is read and verified first; if anything is wrong, no workspace changes.
+
+        Args:
+            step: None means the newest.
+            root: See :meth:`checkpoint`.
+            deadline_s: See :meth:`checkpoint`.
+
+        Raises:
+            NotFoundError: There is no such checkpoint.
+            CorruptCheckpointError: It is damaged; names file, blob and offset.
+            InvalidInputError: It is of other workspaces than this cluster's.
+            WorkspaceLostError: A workspace is lost; :meth:`recover` first.
+        """
+        return _get(self._coordinator.restore.remote(step, self._root(root), deadline_s), "the coordinator")
+
+    def recover(
+        self,
+        step: int | None = None,
+        *,
+        root: str | os.PathLike[str] | None = None,
+        deadline_s: float | None = None,
+    ) -> RestoreReport:
+        """Recreate lost workspaces, then take the whole cluster back to its last committed checkpoint.
+
+        Handles stay valid. Work that was under way in the surviving workspaces ends with an error; work queued
+        behind it runs afterwards, on the restored content.
+
+        Args:
+            step: None means the newest.
+            root: See :meth:`checkpoint`.
+            deadline_s: See :meth:`checkpoint`.
+
+        Raises:
+            NotFoundError: There is no checkpoint to go back to; nothing has changed.
+            InvalidInputError: The nodes that remain cannot hold the lost workspaces; nothing has changed.
+        """
+        try:
+            return _get(self._coordinator.recover.remote(step, self._root(root), deadline_s), "the coordinator")
+        finally:
+            with suppress(BlobspaceError):
+                self.view()
+
+    def checkpoints(self, *, root: str | os.PathLike[str] | None = None) -> list[CheckpointSummary]:
+        """Return the committed checkpoints in a folder, steps ascending."""
+        return list_checkpoints(LocalStore(self._root(root)))
+
+    def _root(self, root: str | os.PathLike[str] | None) -> str:
+        chosen = root if root is not None else self._view.checkpoint_root
+        if chosen is None:
+            raise InvalidInputError(
+                f"Cluster {self.name!r} has no checkpoint_root configured and none was given. Pass root=…, or set "
+                f"checkpoint_root in its configuration."
+            )
+        return _absolute(os.fspath(chosen))
+
+    # --- the end -------------------------------------------------------------------------------------------
+
+    def shut_down(self) -> None:
+        """End the cluster: every workspace with its blobs, then the coordinator. Checkpoints stay."""
+        with suppress(ray.exceptions.RayError):
+            ray.get(self._coordinator.shut_down.remote())
+        ray.kill(self._coordinator)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_owner:
+            self.shut_down()
+
+    def __repr__(self) -> str:
+        return f"Cluster({self.name!r}, {len(self._view.members)} workspaces)"
+
+    # --- what handles need ---------------------------------------------------------------------------------
+
+    def _actor_of(self, name: str) -> Any:
+        member = next((member for member in self._view.members if member.name == name), None)
+        if member is None or not member.is_alive:
+            raise _get(self._coordinator.lost_error.remote(name), "the coordinator")
+        return member.actor
+
+    def _lost(self, name: str, error: BlobspaceError) -> BlobspaceError:
+        """Return the error for a call whose actor is gone, and learn what the coordinator knows by now."""
+        try:
+            lost: WorkspaceLostError = _get(self._coordinator.lost_error.remote(name), "the coordinator")
+            self.view()
+        except BlobspaceError:
+            return error
+        return lost
+
+
+class _Workspaces(Mapping[str, WorkspaceHandle]):
+    """The workspaces of a cluster by name, in the order of their ranks."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def __getitem__(self, name: str) -> WorkspaceHandle:
+        own, _, child = name.partition(":")
+        if own not in set(self):
+            raise NotFoundError(
+                f"Cluster {self._cluster.name!r} has no workspace {own!r:.150}. It has: {', '.join(self)}.",
+                workspace=own[:150],
+            )
+        return WorkspaceHandle(own, find_actor=self._finder(own), on_lost=self._cluster._lost, child=child)
+
+    def _finder(self, name: str) -> Callable[[], Any]:
+        return lambda: self._cluster._actor_of(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([member.name for member in self._cluster._view.members])
+
+    def __len__(self) -> int:
+        return len(self._cluster._view.members)
+
+
+def clusters() -> list[str]:
+    """Return the names of the clusters on the Ray that this process is connected to, sorted."""
+    _connect()
+    suffix = coordinator_name("")
+    return sorted(
+        entry["name"].removesuffix(suffix)
+        for entry in ray.util.list_named_actors(all_namespaces=True)
+        if entry["namespace"] == NAMESPACE and entry["name"].endswith(suffix)
+    )
+
+
+def _connect() -> None:
+    """Connect to the Ray that RAY_ADDRESS or the job names, or start a local one; leave a connection as it is."""
+    if not ray.is_initialized():
+        ray.init(namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
+
+
+def _get(reference: Any, who: str) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        raise unwrapped(error, who) from None
+
+
+def _absolute(root: str) -> str:
+    if "://" in root:
+        raise InvalidInputError(
+            f"Checkpoint root {root!r} is a URL. This version stores checkpoints in folders that all nodes share; "
+            f"object stores come later."
+        )
+    return os.path.abspath(os.path.expanduser(root))

@@ -1,0 +1,665 @@
+"""The coordinator: a thin Ray actor that makes the workspaces, watches them, and carries out the protocols.
+
+What is decided is decided in ``operations.py`` and ``placement.py``; this file has the effects. It is asynchronous:
+one event loop, no locks. One operation (checkpoint, restore, recovery) runs at a time; questions are answered
+meanwhile. When a detached coordinator is restarted by Ray it finds the workspaces by their names and takes them
+over under a new generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from .. import __version__
+from ..ops.definitions import CPU, CUDA
+from ..ops.errors import (
+    BlobspaceError,
+    ConflictError,
+    DeadlineError,
+    InvalidInputError,
+    NotFoundError,
+    WorkspaceLostError,
+)
+from ..workspace_actors.actor import CONCURRENCY_GROUPS, ActorIdentity, ActorOptions, WorkspaceActor
+from ..workspace_actors.collectives import MeetingPoint
+from ..workspace_actors.ray_errors import first_line, unwrapped
+from ..workspace_actors.workspace import BlobSpec
+from .checkpoint import LocalStore, Manifest, commit, list_checkpoints, make_manifest, read_manifest
+from .config import ClusterConfig
+from .messages import CheckpointReport, ClusterView, MemberView, NamesUpdate, RestoreReport
+from .operations import Call, CheckpointOperation, Finish, Operation, Publish, RestoreOperation
+from .placement import NODE_ID_LABEL, NodeView, PlacementRequest, check_feasible, describe_nodes
+from .snapshot_io import CheckpointLoader, CheckpointWriter
+
+NAMESPACE = "blobspace"
+_PROBE_S = 10.0
+_TICK_S = 0.5
+_WRITERS_END_S = 5.0
+
+
+def coordinator_name(cluster: str) -> str:
+    """Return the Ray actor name of a cluster's coordinator."""
+    return f"{cluster}/coordinator"
+
+
+def _workspace_actor_name(cluster: str, workspace: str, generation: int) -> str:
+    return f"{cluster}/workspace/{workspace}#{generation}"
+
+
+def live_nodes() -> list[NodeView]:
+    """Return Ray's live nodes."""
+    return [
+        NodeView(node_id=node["NodeID"], resources=node["Resources"], labels=node.get("Labels", {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+@dataclass(slots=True)
+class _Member:
+    view: MemberView
+    watcher: asyncio.Task[None] | None = None
+
+
+class CoordinatorActor:
+    """One per cluster. Users hold a :class:`~blobspace.cluster.Cluster`.
+
+    Args:
+        config: The cluster's configuration.
+        is_detached: Whether the cluster outlives the job that made it.
+    """
+
+    def __init__(self, config: ClusterConfig, is_detached: bool) -> None:
+        self._config = config
+        self._is_detached = is_detached
+        self._generation = 1
+        self._version = 0
+        self._members: dict[str, _Member] = {}
+        self._names: dict[str, tuple[int, bytes]] = {}
+        self._meeting_point: Any = None
+        self._operation: str | None = None
+        self._events: asyncio.Queue[Callable[[Operation], list[Any]]] | None = None
+        self._last_committed: tuple[str, int] | None = None
+        self._is_ready = False
+
+    def __repr__(self) -> str:
+        return f"Coordinator({self._config.name})"
+
+    # --- the members ---------------------------------------------------------------------------------------
+
+    async def start(self) -> ClusterView:
+        """Make the workspaces, or take over those that an earlier coordinator of this cluster has left.
+
+        Raises:
+            InvalidInputError: The nodes can never hold them.
+            DeadlineError: Ray did not start them in time; none is left behind.
+        """
+        if not self._is_ready:
+            async with self._exclusively("start"):
+                found = self._find_workspaces() if self._is_detached else {}
+                if found:
+                    await self._take_over(found)
+                else:
+                    await self._make_all()
+                self._is_ready = True
+        return self._view()
+
+    async def view(self) -> ClusterView:
+        """Return what is known of the cluster."""
+        if not self._is_ready:
+            await self.start()
+        return self._view()
+
+    async def version(self) -> int:
+        """Return the number that rises with each change of the members."""
+        if not self._is_ready:
+            await self.start()
+        return self._version
+
+    async def config(self) -> ClusterConfig:
+        """Return the configuration that the cluster was made with."""
+        return self._config
+
+    async def shut_down(self) -> None:
+        """End every workspace and the meeting point. The caller then ends the coordinator."""
+        for member in self._members.values():
+            self._forget(member)
+        if self._meeting_point is not None:
+            ray.kill(self._meeting_point)
+
+    def _view(self) -> ClusterView:
+        return ClusterView(
+            name=self._config.name,
+            generation=self._generation,
+            version=self._version,
+            members=tuple(member.view for member in self._members.values()),
+            checkpoint_root=self._config.checkpoint_root,
+            last_committed_step=None if self._last_committed is None else self._last_committed[1],
+            code_version=__version__,
+        )
+
+    async def _make_all(self) -> None:
+        names = self._config.workspace_names()
+        check_feasible([self._request(name) for name in names], live_nodes())
+        self._meeting_point = self._make_meeting_point()
+        await self._make(names)
+        await self._join_all()
+
+    async def _take_over(self, found: dict[str, tuple[int, Any]]) -> None:
+        identities = await asyncio.gather(
+            *(self._probe(actor) for _, actor in found.values()), return_exceptions=True
+        )
+        for name in self._config.workspace_names():
+            self._members[name] = _Member(self._absent(name, "it was gone when the coordinator was restarted"))
+        for (name, (generation, actor)), identity in zip(found.items(), identities, strict=True):
+            self._generation = max(self._generation, generation)
+            if isinstance(identity, ActorIdentity):
+                self._generation = max(self._generation, identity.generation)
+                self._admit(name, actor, identity)
+        self._generation += 1
+        self._meeting_point = self._make_meeting_point()
+        await self._join_all()
+        await asyncio.to_thread(self._find_last_committed)
+
+    def _find_workspaces(self) -> dict[str, tuple[int, Any]]:
+        prefix = f"{self._config.name}/workspace/"
+        found: dict[str, tuple[int, Any]] = {}
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            actor_name: str = entry["name"]
+            if entry["namespace"] != NAMESPACE or not actor_name.startswith(prefix):
+                continue
+            name, _, generation = actor_name.removeprefix(prefix).rpartition("#")
+            if name in self._config.workspace_names() and int(generation) > found.get(name, (0, None))[0]:
+                with suppress(ValueError):
+                    found[name] = (int(generation), ray.get_actor(actor_name, namespace=NAMESPACE))
+        return found
+
+    def _find_last_committed(self) -> None:
+        if self._config.checkpoint_root is None:
+            return
+        with suppress(BlobspaceError):
+            readable = [
+                summary
+                for summary in list_checkpoints(LocalStore(self._config.checkpoint_root))
+                if summary.is_readable
+            ]
+            if readable:
+                self._last_committed = (self._config.checkpoint_root, readable[-1].step)
+
+    def _make_meeting_point(self) -> Any:
+        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
+        if self._is_detached:
+            # Its name carries the generation: an older coordinator's meeting point is never met by accident.
+            options |= {
+                "name": f"{self._config.name}/meeting-point#{self._generation}",
+                "namespace": NAMESPACE,
+                "lifetime": "detached",
+            }
+            for entry in ray.util.list_named_actors(all_namespaces=True):
+                if entry["name"].startswith(f"{self._config.name}/meeting-point#"):
+                    with suppress(ValueError):
+                        ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE))
+        return ray.remote(MeetingPoint).options(**options).remote()
+
+    def _request(self, name: str) -> PlacementRequest:
+        group = self._config.group_of(name)
+        labels = dict(group.labels)
+        if group.node is not None:
+            labels[NODE_ID_LABEL] = group.node
+        resources = {"CPU": group.num_cpus, "GPU": group.num_gpus, **group.resources}
+        return PlacementRequest(
+            workspace=name, resources={key: amount for key, amount in resources.items() if amount}, labels=labels
+        )
+
+    async def _make(self, names: Iterable[str]) -> None:
+        """Create these workspaces' actors and wait until they run; on failure none of them is left."""
+        actors = {name: self._create_actor(name) for name in names}
+        probes = {name: asyncio.ensure_future(_awaited(actor.identity.remote())) for name, actor in actors.items()}
+        try:
+            await asyncio.wait(probes.values(), timeout=self._config.placement_deadline_s)
+            pending = [name for name, probe in probes.items() if not probe.done()]
+            if pending:
+                raise self._not_placed(pending)
+            for name, probe in probes.items():
+                self._admit(name, actors[name], probe.result())
+        except BaseException as error:
+            for probe in probes.values():
+                probe.cancel()
+            for name, actor in actors.items():
+                member = self._members.get(name)
+                if member is not None and member.view.actor is actor:
+                    self._forget(member)
+                    self._members[name] = _Member(self._absent(name, "it could not be placed"))
+                ray.kill(actor)
+            if isinstance(error, ray.exceptions.RayError):
+                raise unwrapped(error, "a new workspace") from None
+            raise
+
+    def _create_actor(self, name: str) -> Any:
+        group = self._config.group_of(name)
+        request = self._request(name)
+        options: dict[str, Any] = {
+            "name": _workspace_actor_name(self._config.name, name, self._generation),
+            "namespace": NAMESPACE,
+            "num_cpus": group.num_cpus,
+            "num_gpus": group.num_gpus,
+            "resources": dict(group.resources),
+            "max_restarts": 0,
+        }
+        if request.labels:
+            options["label_selector"] = dict(request.labels)
+        if self._is_detached:
+            options["lifetime"] = "detached"
+        actor_class = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(WorkspaceActor)
+        names = self._config.workspace_names()
+        return actor_class.options(**options).remote(
+            ActorOptions(
+                name=name,
+                device_type=CUDA if group.num_gpus else CPU,
+                memory_limit_bytes=group.memory_limit,
+                seed=self._config.seed,
+                generation=self._generation,
+                meeting_point=self._meeting_point,
+                rank=names.index(name),
+                size=len(names),
+                collective_deadline_s=self._config.collective_deadline_s,
+            )
+        )
+
+    def _not_placed(self, pending: list[str]) -> DeadlineError:
+        free = ", ".join(
+            f"{amount:g} {name}"
+            for name, amount in sorted(ray.available_resources().items())
+            if not name.startswith("node:") and "memory" not in name
+        )
+        asked = ", ".join(str(self._request(name)) for name in pending)
+        return DeadlineError(
+            f"{len(pending)} workspaces were not started within {self._config.placement_deadline_s:g} s: {asked}. "
+            f"The live nodes have:\n{describe_nodes(live_nodes())}\nFree at the moment: {free or 'nothing'}. Something "
+            f"else holds the rest; wait for it, ask for less, or raise placement_deadline_s.",
+            workspaces=pending,
+            waited_s=self._config.placement_deadline_s,
+        )
+
+    def _admit(self, name: str, actor: Any, identity: ActorIdentity) -> None:
+        view = MemberView(
+            name=name,
+            rank=self._config.workspace_names().index(name),
+            actor=actor,
+            node_id=identity.node_id,
+            pid=identity.pid,
+            device_type=identity.device_type,
+            is_alive=True,
+            lost_because="",
+        )
+        self._members[name] = _Member(view, asyncio.ensure_future(self._watch(name, actor)))
+        self._members = {known: self._members[known] for known in self._config.workspace_names() if known in self._members}
+        self._names.pop(name, None)
+        self._version += 1
+
+    def _absent(self, name: str, reason: str) -> MemberView:
+        rank = self._config.workspace_names().index(name)
+        return MemberView(
+            name=name, rank=rank, actor=None, node_id="", pid=0, device_type="", is_alive=False, lost_because=reason
+        )
+
+    def _forget(self, member: _Member) -> None:
+        if member.watcher is not None:
+            member.watcher.cancel()
+        if member.view.actor is not None:
+            ray.kill(member.view.actor)
+
+    async def _join_all(self) -> None:
+        names = self._config.workspace_names()
+        alive = [member.view for member in self._members.values() if member.view.is_alive]
+        await self._meeting_point.open.remote(self._generation, names)
+        await asyncio.gather(
+            *(
+                view.actor.join.remote(self._generation, self._meeting_point, view.rank, len(names))
+                for view in alive
+            )
+        )
+        if len(alive) < len(names):
+            await self._close_meetings()
+
+    async def _close_meetings(self) -> None:
+        lost = [member.view.name for member in self._members.values() if not member.view.is_alive]
+        await self._meeting_point.close.remote(
+            self._generation, f"lost workspace(s): {', '.join(lost)}", lost
+        )
+
+    # --- losses --------------------------------------------------------------------------------------------
+
+    async def _watch(self, name: str, actor: Any) -> None:
+        try:
+            await actor.watch.remote()
+        except ray.exceptions.RayError as error:
+            await self._lose(name, actor, first_line(error))
+
+    async def _probe(self, actor: Any) -> ActorIdentity:
+        return await asyncio.wait_for(_awaited(actor.identity.remote()), _PROBE_S)
+
+    async def _lose(self, name: str, actor: Any, reason: str) -> None:
+        member = self._members.get(name)
+        if member is None or member.view.actor is not actor or not member.view.is_alive:
+            return
+        member.view = replace(member.view, is_alive=False, lost_because=reason)
+        self._names.pop(name, None)
+        self._version += 1
+        if self._events is not None:
+            error = self._lost_error(member.view)
+            self._events.put_nowait(lambda operation: operation.lost(name, error, time.monotonic()))
+        with suppress(ray.exceptions.RayError):
+            await self._close_meetings()
+
+    def _lost_error(self, view: MemberView) -> WorkspaceLostError:
+        step = None if self._last_committed is None else self._last_committed[1]
+        back = (
+            "no checkpoint has been committed"
+            if self._last_committed is None
+            else f"the last committed step is {step}, in {self._last_committed[0]}"
+        )
+        return WorkspaceLostError(
+            f"Workspace {view.name!r} on node {view.node_id[:12]} is lost: {view.lost_because} Its blobs are gone with "
+            f"it; {back}. cluster.recover() recreates it and takes the cluster back to that step.",
+            workspace=view.name,
+            node=view.node_id,
+            last_committed_step=step,
+        )
+
+    async def lost_error(self, name: str) -> WorkspaceLostError:
+        """Return the error that says how a workspace was lost; a caller has just seen its actor gone."""
+        member = self._members.get(name)
+        if member is None:
+            return WorkspaceLostError(f"The cluster has no workspace {name!r}.", workspace=name)
+        if member.view.is_alive and member.view.actor is not None:
+            try:
+                await self._probe(member.view.actor)
+            except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
+                await self._lose(name, member.view.actor, first_line(error))
+        return self._lost_error(member.view)
+
+    def _check_whole(self) -> None:
+        lost = [member.view for member in self._members.values() if not member.view.is_alive]
+        if lost:
+            raise self._lost_error(lost[0])
+
+    # --- the catalog ---------------------------------------------------------------------------------------
+
+    async def names(self, known: dict[str, int]) -> NamesUpdate:
+        """Return the names of every workspace whose names-version is not the known one.
+
+        Raises:
+            WorkspaceLostError: A workspace is gone, so nobody can say which names the cluster has.
+        """
+        self._check_whole()
+        views = [member.view for member in self._members.values()]
+        answers = await self._ask_all(
+            views, lambda view: view.actor.names_since.remote(self._names.get(view.name, (0, b""))[0])
+        )
+        for view, answer in zip(views, answers, strict=True):
+            if answer is not None:
+                self._names[view.name] = answer
+        changed = {
+            view.name: self._names[view.name] for view in views if self._names[view.name][0] != known.get(view.name)
+        }
+        return NamesUpdate(version=self._version, packed=changed)
+
+    async def specs(self) -> list[tuple[MemberView, list[BlobSpec]]]:
+        """Return the specs of all blobs, by workspace.
+
+        Raises:
+            WorkspaceLostError: A workspace is gone.
+        """
+        self._check_whole()
+        views = [member.view for member in self._members.values()]
+        answers = await self._ask_all(views, lambda view: view.actor.specs.remote())
+        return list(zip(views, answers, strict=True))
+
+    async def _ask_all(self, views: list[MemberView], ask: Callable[[MemberView], Any]) -> list[Any]:
+        answers = await asyncio.gather(*(ask(view) for view in views), return_exceptions=True)
+        for view, answer in zip(views, answers, strict=True):
+            if isinstance(answer, ray.exceptions.RayActorError):
+                raise await self.lost_error(view.name)
+            if isinstance(answer, BaseException):
+                raise unwrapped(answer, f"workspace {view.name!r}") if isinstance(answer, Exception) else answer
+        return answers
+
+    # --- checkpoint and restore ----------------------------------------------------------------------------
+
+    async def checkpoint(
+        self, step: int, root: str, metadata: dict[str, Any], replace_step: bool, deadline_s: float | None
+    ) -> CheckpointReport:
+        """Make one checkpoint of all workspaces. See :meth:`Cluster.checkpoint`."""
+        async with self._exclusively(f"checkpoint of step {step}"):
+            self._check_whole()
+            store = LocalStore(root)
+            began = time.monotonic()
+            if not replace_step:
+                await asyncio.to_thread(_refuse_existing, store, step)
+            save_id = f"{time.time_ns():x}-{uuid.uuid4().hex[:8]}"
+            operation = CheckpointOperation(
+                barrier=f"checkpoint {save_id}",
+                generation=self._generation,
+                members=tuple(self._members),
+                deadline_s=deadline_s or self._config.checkpoint_deadline_s,
+                now=began,
+                last_committed=None if self._last_committed is None else self._last_committed[1],
+                make_writer=lambda rank: CheckpointWriter(root=root, save_id=save_id, ordinal=rank),
+            )
+
+            def publish(receipts: Any) -> Manifest:
+                manifest = make_manifest(
+                    step=step,
+                    save_id=save_id,
+                    created_unix_ns=time.time_ns(),
+                    cluster=self._config.name,
+                    generation=self._generation,
+                    blobspace_version=__version__,
+                    metadata=metadata,
+                    receipts=receipts.values(),
+                    nodes={name: member.view.node_id for name, member in self._members.items()},
+                )
+                commit(store, manifest, replace=replace_step)
+                return manifest
+
+            try:
+                manifest: Manifest = await self._carry_out(operation, publish)
+            except BlobspaceError:
+                if "publish" not in operation.phase_began:
+                    # Nothing refers to what was written; what a hanging writer adds later, collection removes.
+                    with suppress(BlobspaceError):
+                        await asyncio.to_thread(store.delete_tree, f"data/{save_id}")
+                raise
+            self._last_committed = (root, step)
+            at = operation.phase_began
+            return CheckpointReport(
+                step=step,
+                root=root,
+                save_id=save_id,
+                workspace_count=len(manifest.workspaces),
+                blob_count=sum(entry.blob_count for entry in manifest.workspaces),
+                tensor_bytes=sum(entry.tensor_bytes for entry in manifest.workspaces),
+                stall_s=at["write"] - at["hold"],
+                write_s=at["publish"] - at["write"],
+                commit_s=at["release"] - at["publish"],
+                total_s=at["release"] - began,
+            )
+
+    async def restore(self, step: int | None, root: str, deadline_s: float | None) -> RestoreReport:
+        """Take all workspaces back to a checkpoint. See :meth:`Cluster.restore`."""
+        async with self._exclusively("restore"):
+            self._check_whole()
+            manifest = await asyncio.to_thread(read_manifest, LocalStore(root), step)
+            return await self._restore(manifest, root, deadline_s, recreated=(), began=time.monotonic())
+
+    async def recover(self, step: int | None, root: str, deadline_s: float | None) -> RestoreReport:
+        """Recreate lost workspaces and take all back to a checkpoint. See :meth:`Cluster.recover`."""
+        async with self._exclusively("recovery"):
+            began = time.monotonic()
+            manifest = await asyncio.to_thread(read_manifest, LocalStore(root), step)
+            self._check_same_shape(manifest)
+            await self._notice_losses()
+            lost = [name for name, member in self._members.items() if not member.view.is_alive]
+            self._generation += 1
+            if lost:
+                check_feasible([self._request(name) for name in lost], live_nodes())
+                for name in lost:
+                    self._forget(self._members[name])
+                await self._make(lost)
+            await self._join_all()
+            return await self._restore(manifest, root, deadline_s, recreated=tuple(lost), began=began)
+
+    async def _notice_losses(self) -> None:
+        alive = [member.view for member in self._members.values() if member.view.is_alive]
+        answers = await asyncio.gather(*(self._probe(view.actor) for view in alive), return_exceptions=True)
+        for view, answer in zip(alive, answers, strict=True):
+            if isinstance(answer, asyncio.TimeoutError):
+                await self._lose(view.name, view.actor, f"It did not answer within {_PROBE_S:g} s.")
+            elif isinstance(answer, Exception):
+                await self._lose(view.name, view.actor, first_line(answer))
+
+    async def _restore(
+        self, manifest: Manifest, root: str, deadline_s: float | None, *, recreated: tuple[str, ...], began: float
+    ) -> RestoreReport:
+        self._check_same_shape(manifest)
+        operation = RestoreOperation(
+            barrier=f"restore {uuid.uuid4().hex[:12]}",
+            generation=self._generation,
+            members=tuple(self._members),
+            deadline_s=deadline_s or self._config.checkpoint_deadline_s,
+            now=time.monotonic(),
+            last_committed=manifest.step,
+            make_loader=lambda name: CheckpointLoader(
+                root=root, step=manifest.step, save_id=manifest.save_id, workspace=name
+            ),
+        )
+        await self._carry_out(operation, None)
+        # Every member has reset its count of collective iterations; so does the place where they meet.
+        await self._meeting_point.open.remote(self._generation, list(self._members))
+        self._names.clear()
+        self._last_committed = (root, manifest.step)
+        at = operation.phase_began
+        return RestoreReport(
+            step=manifest.step,
+            root=root,
+            recreated=recreated,
+            workspace_count=len(manifest.workspaces),
+            tensor_bytes=sum(entry.tensor_bytes for entry in manifest.workspaces),
+            read_s=at["hold"] - at["prepare"],
+            stall_s=at["over"] - at["hold"],
+            total_s=at["over"] - began,
+        )
+
+    def _check_same_shape(self, manifest: Manifest) -> None:
+        saved = {entry.name for entry in manifest.workspaces}
+        missing = sorted(set(self._members) - saved)
+        left_over = sorted(saved - set(self._members))
+        if missing or left_over:
+            raise InvalidInputError(
+                f"The checkpoint of step {manifest.step} is of another shape than cluster {self._config.name!r}: it has "
+                f"no workspace {', '.join(missing) or '(none is missing)'}, and the cluster has no workspace "
+                f"{', '.join(left_over) or '(none is left over)'}. This version restores onto the same workspaces.",
+                missing=missing,
+                left_over=left_over,
+            )
+
+    @asynccontextmanager
+    async def _exclusively(self, what: str) -> AsyncIterator[None]:
+        if self._operation is not None:
+            raise ConflictError(
+                f"Cluster {self._config.name!r} is busy with a {self._operation}; the {what} was not begun. Try again "
+                f"when it has ended.",
+                running=self._operation,
+            )
+        self._operation = what
+        try:
+            yield
+        finally:
+            self._operation = None
+
+    async def _carry_out(self, operation: Operation, publish: Callable[[Any], Any] | None) -> Any:
+        """Run a protocol to its end: perform what the machine asks for, tell it what comes back."""
+        events: asyncio.Queue[Callable[[Operation], list[Any]]] = asyncio.Queue()
+        self._events = events
+        tasks: set[asyncio.Task[None]] = set()
+
+        def begin(work: Coroutine[Any, Any, None]) -> None:
+            task = asyncio.ensure_future(work)
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        async def call(action: Call) -> None:
+            member = self._members[action.workspace].view
+            try:
+                value = await getattr(member.actor, action.method).remote(*action.arguments)
+            except ray.exceptions.RayError as error:
+                failure = unwrapped(error, f"workspace {action.workspace!r}")
+                if isinstance(error, ray.exceptions.RayActorError):
+                    failure = await self.lost_error(action.workspace)
+                events.put_nowait(
+                    lambda machine: machine.failed(action.workspace, action.phase, failure, time.monotonic())
+                )
+            else:
+                events.put_nowait(
+                    lambda machine: machine.answered(action.workspace, action.phase, value, time.monotonic())
+                )
+
+        async def run_publish(action: Publish) -> None:
+            assert publish is not None
+            assert isinstance(operation, CheckpointOperation)
+            try:
+                result = await asyncio.to_thread(publish, action.receipts)
+            except BlobspaceError as error:
+                failure = error
+                events.put_nowait(lambda machine: operation.publish_failed(failure, time.monotonic()))
+            else:
+                events.put_nowait(lambda machine: operation.published(result, time.monotonic()))
+
+        finish: Finish | None = None
+        actions = operation.start()
+        try:
+            while finish is None:
+                for action in actions:
+                    if isinstance(action, Call):
+                        begin(call(action))
+                    elif isinstance(action, Publish):
+                        begin(run_publish(action))
+                    else:
+                        finish = action
+                if finish is None:
+                    try:
+                        event = await asyncio.wait_for(events.get(), _TICK_S)
+                        actions = event(operation)
+                    except asyncio.TimeoutError:
+                        actions = operation.tick(time.monotonic())
+            if tasks:
+                await asyncio.wait(set(tasks), timeout=_WRITERS_END_S)
+        finally:
+            self._events = None
+            for task in set(tasks):
+                task.cancel()
+        if finish.error is not None:
+            raise finish.error
+        return finish.result
+
+
+async def _awaited(reference: Any) -> Any:
+    return await reference
+
+
+def _refuse_existing(store: LocalStore, step: int) -> None:
+    if any(summary.step == step for summary in list_checkpoints(store)):
+        raise ConflictError(
+            f"Step {step} has a checkpoint already in {store.location}; it is untouched. Save under another step, or "
+            f"pass replace=True to replace it.",
+            step=step,
+        )

@@ -1,0 +1,1004 @@
+"""The workspace: named blobs, operators and nets, children, snapshots. Knows nothing of Ray.
+
+Thread safety: mutating calls run one at a time, in the order in which they get hold of the compute lock.
+Listing, specs and statistics take only the table lock, for a moment, and so answer while a long net runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ..ops.definitions import CPU, NetDef, OperatorDef, operator_def
+from ..ops.dtypes import DType
+from ..ops.errors import ConflictError, InternalError, InvalidInputError, MemoryLimitError, NotFoundError
+from ..ops.execution import (
+    Collectives,
+    CompiledNet,
+    Files,
+    Slot,
+    compile_operator,
+    operator_errors,
+)
+from ..ops.net import Net
+from ..ops.values import (
+    Array,
+    Kind,
+    check_name,
+    normalize_value,
+    pack_plain,
+    pack_strings,
+    unpack_plain,
+    unpack_strings,
+)
+from .devices import array_module, to_host
+from .files import LocalFiles
+from .gate import Gate
+from .memory import BlobAllocation, Buffer, BufferPool, MemoryStatistics
+from .snapshot import BlobSnapshot, WorkspaceSnapshot
+from .solo import SoloCollectives
+
+_WORKSPACE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+_LEASE_WAIT_S = 60.0
+_LARGEST_SHOWN = 5
+
+
+def check_workspace_name(name: object) -> str:
+    """Return ``name`` if it may name a workspace: letters, digits, ``.``, ``_``, ``-``; at most 128 characters.
+
+    Raises:
+        InvalidInputError: It may not.
+    """
+    if not isinstance(name, str) or not _WORKSPACE_NAME.match(name):
+        raise InvalidInputError(
+            f"{name!r:.150} cannot name a workspace. Expected 1 to 128 characters: letters, digits, '.', '_' and '-', "
+            f"the first one a letter or a digit.",
+            name=str(name)[:150],
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobSpec:
+    """What can be said of a blob without looking at its values.
+
+    Attributes:
+        workspace: The workspace that owns it; a child is ``parent:path``.
+        name: The blob's name.
+        kind: What it holds.
+        dtype: Element type of a tensor, else None.
+        shape: Shape of a tensor or a string tensor, else None.
+        nbytes: Bytes of a tensor's elements; 0 for the rest.
+        version: Raised by each write.
+    """
+
+    workspace: str
+    name: str
+    kind: Kind
+    dtype: str | None
+    shape: tuple[int, ...] | None
+    nbytes: int
+    version: int
+
+
+class Blob:
+    """A name and, at the moment, a value. Lives in one workspace's table."""
+
+    __slots__ = ("array", "buffer", "kind", "name", "value", "version")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.kind = Kind.UNINITIALIZED
+        self.array: Array | None = None
+        self.value: Any = None
+        self.buffer: Buffer | None = None
+        self.version = 0
+
+    def spec(self, workspace: str) -> BlobSpec:
+        """Describe the blob, which ``workspace`` owns."""
+        array = self.array
+        strings = self.value if self.kind is Kind.STRINGS else None
+        return BlobSpec(
+            workspace=workspace,
+            name=self.name,
+            kind=self.kind,
+            dtype=None if array is None else array.dtype.name,
+            shape=tuple(array.shape) if array is not None else None if strings is None else strings.shape,
+            nbytes=0 if array is None else int(array.nbytes),
+            version=self.version,
+        )
+
+
+class _Process:
+    """What a workspace shares with its children: memory, locks, the gate, the counters that others compare."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        device_type: str,
+        memory_limit_bytes: int | None,
+        collectives: Collectives | None,
+        files: Files | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.device_type = device_type
+        self.xp = array_module(device_type)
+        self.pool = BufferPool(self.xp, limit_bytes=memory_limit_bytes)
+        self.collectives = collectives or SoloCollectives()
+        self.files = files or LocalFiles()
+        self.gate = Gate(name, clock)
+        self.compute = threading.RLock()
+        self.nesting = 0
+        self.table = threading.RLock()
+        self.binding_epoch = 0
+        self.names_version = 1
+
+
+class Lease:
+    """A snapshot's hold on buffers. Release it when the bytes are safe; releasing twice does nothing."""
+
+    def __init__(self, pool: BufferPool, buffers: Sequence[Buffer]) -> None:
+        self._pool = pool
+        self._buffers: Sequence[Buffer] = buffers
+        self._lock = threading.Lock()
+
+    def release(self) -> None:
+        """Give the buffers back to their blobs, or to the pool where a blob has moved on."""
+        with self._lock:
+            buffers, self._buffers = self._buffers, ()
+        for buffer in buffers:
+            self._pool.release(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenWorkspace:
+    """A workspace's content at one moment, held by a lease. Nothing has been copied.
+
+    Attributes:
+        lease: To be released when the content is not needed any more.
+        snapshot: Makes the snapshot; packs plain values, so it is called by whoever writes, not by who freezes.
+    """
+
+    lease: Lease
+    snapshot: Callable[[], WorkspaceSnapshot]
+
+
+class Workspace:
+    """Named blobs, and the operators and nets that run on them; Caffe2's workspace.
+
+    Args:
+        name: Letters, digits, ``.``, ``_``, ``-``.
+        device_type: ``"cpu"`` (NumPy) or ``"cuda"`` (CuPy).
+        memory_limit_bytes: Greatest sum of all buffers held by blobs and snapshots, children included; None
+            means no limit.
+        seed: Start of the workspace's generator, together with its name.
+        collectives: How operators meet other workspaces; None means that this one is alone.
+        files: Where Save and Load go; None means local files.
+        clock: Monotonic seconds.
+
+    Raises:
+        InvalidInputError: A name, device or limit that cannot be.
+
+    Example:
+        >>> ws = Workspace("doc")
+        >>> ws.feed_blob("x", np.ones(2, np.float32))
+        >>> ws.run_operator("Scale", ["x"], ["y"], scale=3.0)
+        >>> ws.fetch_blob("y").tolist()
+        [3.0, 3.0]
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        device_type: str = CPU,
+        memory_limit_bytes: int | None = None,
+        seed: int = 0,
+        collectives: Collectives | None = None,
+        files: Files | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        check_workspace_name(name)
+        if memory_limit_bytes is not None and memory_limit_bytes <= 0:
+            raise InvalidInputError(f"A memory limit is a positive number of bytes; found {memory_limit_bytes}.")
+        process = _Process(
+            name,
+            device_type=device_type,
+            memory_limit_bytes=memory_limit_bytes,
+            collectives=collectives,
+            files=files,
+            clock=clock,
+        )
+        self._set_up(name, path="", parent=None, process=process, seed=seed)
+
+    def _set_up(self, name: str, *, path: str, parent: Workspace | None, process: _Process, seed: int) -> None:
+        self._name = name
+        self._path = path
+        self._parent = parent
+        self._process = process
+        self._seed = seed
+        self._blobs: dict[str, Blob] = {}
+        self._nets: dict[str, CompiledNet] = {}
+        self._children: dict[str, Workspace] = {}
+        self._generator = np.random.default_rng([seed, xxhash.xxh3_64_intdigest(f"{name}:{path}".encode())])
+
+    # --- what execution sees of a workspace (ops.execution.Environment) ------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The workspace's name, followed by ``:`` and the child's path in a child workspace."""
+        return f"{self._name}:{self._path}" if self._path else self._name
+
+    @property
+    def device_type(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self._process.device_type
+
+    @property
+    def xp(self) -> Any:
+        """NumPy or CuPy."""
+        return self._process.xp
+
+    @property
+    def binding_epoch(self) -> int:
+        """Raised whenever a buffer that a compiled net may hold has been replaced."""
+        return self._process.binding_epoch
+
+    @property
+    def generator(self) -> np.random.Generator:
+        """The workspace's source of random numbers; its state is part of every checkpoint."""
+        return self._generator
+
+    @property
+    def collectives(self) -> Collectives:
+        """How operators meet other workspaces."""
+        return self._process.collectives
+
+    @property
+    def files(self) -> Files:
+        """Where Save and Load go."""
+        return self._process.files
+
+    def find(self, name: str) -> Blob | None:
+        """Return the blob of that name here or in the nearest ancestor, or None."""
+        workspace: Workspace | None = self
+        while workspace is not None:
+            blob = workspace._blobs.get(name)
+            if blob is not None:
+                return blob
+            workspace = workspace._parent
+        return None
+
+    def create(self, name: str) -> Blob:
+        """Return the blob of that name, made here and uninitialised if neither this nor an ancestor has it."""
+        blob = self.find(name)
+        if blob is None:
+            blob = Blob(check_name(name))
+            with self._process.table:
+                self._blobs[name] = blob
+                self._names_changed()
+        return blob
+
+    def names(self, *, include_shared: bool) -> list[str]:
+        """Return blob names in Caffe2's order: own names bytewise sorted, then the parent's, duplicates kept."""
+        with self._process.table:
+            # Python compares str by code point, which is the order of the UTF-8 bytes too.
+            own = sorted(self._blobs)
+        if include_shared and self._parent is not None:
+            own += self._parent.names(include_shared=True)
+        return own
+
+    def allocate(
+        self, slot: Slot, shape: tuple[int, ...], dtype: DType, *, is_input: bool, operator: str
+    ) -> BlobAllocation:
+        """Return memory for a blob's next value: its own buffer where that may be written, else a fresh one.
+
+        Raises:
+            MemoryLimitError: The workspace's limit would be passed.
+        """
+        blob = _own(slot)
+        buffer, array = blob.buffer, blob.array
+        if buffer is not None and array is not None and buffer.is_writable:
+            if array.shape == shape and array.dtype == dtype:
+                return BlobAllocation(array, buffer, is_fresh=False)
+            size_bytes = _size_bytes(shape, dtype)
+            # The operator may still read its input's old shape from this buffer, so only a pure output moves in.
+            if not is_input and size_bytes <= buffer.capacity <= max(4096, 2 * size_bytes):
+                return BlobAllocation(self._process.pool.view(buffer, shape, dtype), buffer, is_fresh=False)
+        return self._fresh(shape, dtype, wanted_by=f"operator {operator}", blob=blob.name)
+
+    def adopt(self, slot: Slot, allocation: BlobAllocation) -> None:
+        """Let a blob show an allocation; its old buffer goes back to the pool. Raises the blob's version."""
+        blob = _own(slot)
+        with self._process.table:
+            if blob.array is not allocation.array:
+                self._replace(blob, allocation)
+            blob.version += 1
+
+    def discard(self, allocation: BlobAllocation) -> None:
+        """Give an allocation back that no blob has adopted."""
+        if allocation.is_fresh:
+            self._process.pool.disown(allocation.buffer)
+
+    def store(self, slot: Slot, kind: Kind, value: Any) -> None:
+        """Let a blob hold a string tensor or a plain value. Raises the blob's version."""
+        blob = _own(slot)
+        with self._process.table:
+            changes_spec = blob.kind is not kind or (kind is Kind.STRINGS and blob.value.shape != value.shape)
+            self._drop_buffer(blob)
+            blob.kind = kind
+            blob.value = value
+            blob.version += 1
+            if changes_spec:
+                self._names_changed()
+
+    def touch(self, slots: Sequence[Slot]) -> None:
+        """Raise the versions of blobs that bound steps have written."""
+        for slot in slots:
+            slot.version += 1  # type: ignore[attr-defined]
+
+    # --- blobs ---------------------------------------------------------------------------------------------
+
+    def create_blob(self, name: str) -> None:
+        """Make a blob, uninitialised; one that is there already (here or in an ancestor) stays as it is."""
+        with self._mutating(f"create_blob({name!r})"):
+            self.create(check_name(name))
+
+    def feed_blob(self, name: str, value: object, *, copy: bool = True) -> None:
+        """Give a blob a value, whatever it held before. In a child, a parent's blob of that name changes.
+
+        Args:
+            name: Blob name.
+            value: See :func:`blobspace.ops.values.normalize_value`. A tensor's element order becomes C.
+            copy: Copy a tensor into memory that the workspace owns. False keeps a view of the caller's array,
+                which the caller must not write to any more, until the blob is next written; it is counted as
+                external memory. Ray's arrays pin its object store as long as they are kept.
+
+        Raises:
+            InvalidInputError: The name or the value cannot be; the blob is as it was.
+            MemoryLimitError: No room; the blob is as it was.
+        """
+        check_name(name)
+        kind, normal = normalize_value(name, value)
+        with self._mutating(f"feed_blob({name!r})"):
+            existing = self.find(name)
+            blob = existing or Blob(name)
+            if kind is Kind.TENSOR:
+                self._feed_tensor(blob, normal, copy=copy)
+            else:
+                self.store(blob, kind, _deep_copy(normal) if kind is Kind.VALUE else normal)
+            if existing is None:
+                with self._process.table:
+                    self._blobs[name] = blob
+                    self._names_changed()
+
+    def _feed_tensor(self, blob: Blob, value: Array, *, copy: bool) -> None:
+        xp = self._process.xp
+        if not copy and isinstance(value, xp.ndarray) and value.flags.c_contiguous:
+            view = value.view()
+            if xp is np:
+                view.flags.writeable = False
+            buffer = self._process.pool.wrap(view)
+            if buffer is None:
+                raise self._no_room(int(value.nbytes), wanted_by="feed_blob", blob=blob.name)
+            self.adopt(blob, BlobAllocation(view, buffer, is_fresh=True))
+            return
+        allocation = self.allocate(blob, tuple(value.shape), value.dtype, is_input=False, operator="feed_blob")
+        if xp is np:
+            np.copyto(allocation.array, value if isinstance(value, np.ndarray) else to_host(value))
+        else:
+            allocation.array[...] = xp.asarray(value)
+        self.adopt(blob, allocation)
+
+    def fetch_blob(self, name: str) -> Any:
+        """Return a copy of a blob's value, as a NumPy array where it is a tensor (of host memory, also on a GPU).
+
+        Raises:
+            NotFoundError: There is no such blob, or it is uninitialised.
+        """
+        with self._process.compute:
+            return _fetched(self._initialized(name))
+
+    def peek_blob(self, name: str, *, seconds: float = 5.0) -> Any:
+        """Return a copy of a blob's value while a net may be running, as of the next iteration boundary.
+
+        Raises:
+            NotFoundError: There is no such blob, or it is uninitialised.
+            DeadlineError: The net did not come to the end of an iteration within ``seconds``.
+        """
+        with self._process.gate.between_work(seconds=seconds), self._process.table:
+            blob = self._initialized(name)
+            if blob.kind is not Kind.TENSOR:
+                return _fetched(blob)
+            assert blob.buffer is not None
+            array, buffer = blob.array, blob.buffer
+            self._process.pool.lease(buffer)
+            self._process.binding_epoch += 1
+        try:
+            return to_host(array)
+        finally:
+            self._process.pool.release(buffer)
+
+    def has_blob(self, name: str) -> bool:
+        """Whether this workspace or an ancestor has a blob of that name."""
+        return self.find(name) is not None
+
+    def remove_blob(self, name: str) -> None:
+        """Remove a blob of this workspace; a parent's blobs are not touched.
+
+        Raises:
+            NotFoundError: This workspace has no such blob of its own.
+        """
+        with self._mutating(f"remove_blob({name!r})"), self._process.table:
+            blob = self._blobs.pop(name, None)
+            if blob is None:
+                raise self._missing(name)
+            self._drop_buffer(blob)
+            self._names_changed()
+            self._process.binding_epoch += 1
+
+    def reset_blob(self, name: str) -> None:
+        """Keep a blob's name and drop its value.
+
+        Raises:
+            NotFoundError: There is no such blob.
+        """
+        with self._mutating(f"reset_blob({name!r})"), self._process.table:
+            blob = self._existing(name)
+            self._drop_buffer(blob)
+            blob.kind = Kind.UNINITIALIZED
+            blob.value = None
+            blob.version += 1
+            self._names_changed()
+
+    def blobs(self) -> list[str]:
+        """Return all names in Caffe2's order: own ones sorted bytewise, then the parent's, duplicates kept."""
+        return self.names(include_shared=True)
+
+    def local_blobs(self) -> list[str]:
+        """Return the workspace's own names, sorted bytewise."""
+        return self.names(include_shared=False)
+
+    def reset(self) -> None:
+        """Drop all blobs, nets and children of this workspace; its generator starts anew. The parent stays."""
+        with self._mutating("reset"):
+            self._clear()
+            self._set_up(
+                self._name, path=self._path, parent=self._parent, process=self._process, seed=self._seed
+            )
+
+    # --- operators and nets --------------------------------------------------------------------------------
+
+    def run_operator(
+        self,
+        type: str | OperatorDef,  # noqa: A002  (Caffe2's word)
+        inputs: Sequence[str] = (),
+        outputs: Sequence[str] = (),
+        **args: Any,
+    ) -> None:
+        """Run one operator once.
+
+        Args:
+            type: An operator type, or a finished :class:`OperatorDef`.
+            inputs: Blob names.
+            outputs: Blob names; made if they are not there.
+            **args: The operator's arguments; also ``device_option`` and ``name``.
+
+        Raises:
+            BlobspaceError: It does not fit, or failed; its inputs are intact and the workspace goes on.
+        """
+        operator = operator_def(type, inputs, outputs, **args)
+        compiled = compile_operator(operator, self.device_type)
+        is_collective = compiled.implementation.is_collective
+        with (
+            self._process.compute,
+            self._iteration(f"operator {operator}", collective_count=int(is_collective)),
+            operator_errors(compiled, f"workspace {self.name!r}"),
+        ):
+            compiled.run(self)
+
+    def create_net(self, net: Net | NetDef, *, overwrite: bool = False) -> None:
+        """Compile a net and keep it under its name; its output blobs are created.
+
+        Raises:
+            ConflictError: There is a net of that name and ``overwrite`` is False.
+            InvalidInputError: The net cannot run here; all faults are listed, and nothing has changed.
+        """
+        definition = net.definition() if isinstance(net, Net) else net
+        with self._mutating(f"create_net({definition.name!r})"):
+            if definition.name in self._nets and not overwrite:
+                raise ConflictError(
+                    f"Workspace {self.name!r} has a net {definition.name!r} already. Pass overwrite=True to replace it.",
+                    net=definition.name,
+                    workspace=self.name,
+                )
+            self._nets[definition.name] = CompiledNet(definition, self)
+
+    def run_net(self, name: str, iterations: int = 1) -> None:
+        """Run a net that has been created, ``iterations`` times. A checkpoint may stop it between two iterations.
+
+        Raises:
+            NotFoundError: There is no such net.
+            BlobspaceError: An operator failed; the text says which, where and in which iteration.
+        """
+        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+            raise InvalidInputError(f"iterations must be an integer of at least 0; found {iterations!r}.")
+        with self._process.compute:
+            net = self._nets.get(name)
+            if net is None:
+                raise NotFoundError(
+                    f"Workspace {self.name!r} has no net {name!r}. It has: {', '.join(sorted(self._nets)) or 'none'}.",
+                    net=name,
+                    workspace=self.name,
+                )
+            self._iterate(net, iterations)
+
+    def run_net_once(self, net: Net | NetDef) -> None:
+        """Compile a net, run it once, and forget it; its blobs stay."""
+        definition = net.definition() if isinstance(net, Net) else net
+        with self._process.compute:
+            with self._process.gate.work(f"create net {definition.name!r}"):
+                compiled = CompiledNet(definition, self)
+            self._iterate(compiled, 1)
+
+    def _iterate(self, net: CompiledNet, iterations: int) -> None:
+        label = f"net {net.net.name!r}"
+        for iteration in range(iterations):
+            with self._iteration(label, collective_count=net.collective_count):
+                net.run_iteration(iteration)
+
+    @contextmanager
+    def _iteration(self, label: str, *, collective_count: int) -> Iterator[None]:
+        gate, collectives = self._process.gate, self._process.collectives
+        with gate.work(label, collective=collective_count > 0):
+            if not collective_count:
+                yield
+                return
+            started = gate.collective_iterations
+            collectives.begin_iteration(started)
+            try:
+                yield
+            except BaseException:
+                if collectives.completed < collective_count:
+                    gate.give_up_iteration(started)
+                raise
+
+    def delete_net(self, name: str) -> None:
+        """Forget a net; its blobs stay.
+
+        Raises:
+            NotFoundError: There is no such net.
+        """
+        with self._mutating(f"delete_net({name!r})"):
+            if self._nets.pop(name, None) is None:
+                raise NotFoundError(f"Workspace {self.name!r} has no net {name!r}.", net=name, workspace=self.name)
+
+    def nets(self) -> list[str]:
+        """Return the names of the created nets, sorted."""
+        return sorted(self._nets)
+
+    # --- children ------------------------------------------------------------------------------------------
+
+    def child(self, path: str, *, create: bool = False) -> Workspace:
+        """Return a child workspace, which reads and writes this one's blobs and adds its own.
+
+        Args:
+            path: The child's name; ``"a/b"`` is the child ``b`` of the child ``a``. ``""`` is this workspace.
+            create: Make what is missing.
+
+        Raises:
+            NotFoundError: There is no such child and ``create`` is False.
+        """
+        if create:
+            with self._mutating(f"child({path!r})"):
+                return self._made_child(path)
+        workspace = self
+        for part in path.split("/") if path else ():
+            found = workspace._children.get(part)
+            if found is None:
+                raise NotFoundError(
+                    f"Workspace {workspace.name!r} has no child {part!r}. It has: "
+                    f"{', '.join(sorted(workspace._children)) or 'none'}.",
+                    workspace=workspace.name,
+                    child=part,
+                )
+            workspace = found
+        return workspace
+
+    def _made_child(self, path: str) -> Workspace:
+        parts = [check_workspace_name(part) for part in path.split("/")] if path else []
+        workspace = self
+        for part in parts:
+            child = workspace._children.get(part)
+            if child is None:
+                child = Workspace.__new__(Workspace)
+                inner = f"{workspace._path}/{part}" if workspace._path else part
+                child._set_up(
+                    self._name, path=inner, parent=workspace, process=self._process, seed=self._seed
+                )
+                with self._process.table:
+                    workspace._children[part] = child
+                    self._names_changed()
+            workspace = child
+        return workspace
+
+    def children(self) -> list[str]:
+        """Return the names of the child workspaces, sorted."""
+        return sorted(self._children)
+
+    def remove_child(self, name: str) -> None:
+        """Remove a child workspace with its blobs, nets and children; this workspace's blobs stay.
+
+        Raises:
+            NotFoundError: There is no such child.
+        """
+        with self._mutating(f"remove_child({name!r})"):
+            child = self.child(name)
+            with self._process.table:
+                child._clear()
+                del self._children[name]
+
+    def _family(self) -> Iterator[Workspace]:
+        yield self
+        for name in sorted(self._children):
+            yield from self._children[name]._family()
+
+    # --- inspection ----------------------------------------------------------------------------------------
+
+    @property
+    def names_version(self) -> int:
+        """Raised when the set of names or a spec changes, here, in a child or in an ancestor."""
+        return self._process.names_version
+
+    def family_names(self) -> dict[str, list[str]]:
+        """Return the own names, sorted, of this workspace and of each child, by the workspace's full name."""
+        with self._process.table:
+            return {workspace.name: workspace.local_blobs() for workspace in self._family()}
+
+    def specs(self) -> list[BlobSpec]:
+        """Return the specs of the blobs of this workspace and its children, sorted by workspace and name."""
+        with self._process.table:
+            return sorted(
+                (blob.spec(workspace.name) for workspace in self._family() for blob in workspace._blobs.values()),
+                key=lambda spec: (spec.workspace, spec.name),
+            )
+
+    def memory(self) -> MemoryStatistics:
+        """Return the bytes of this workspace and everything that shares its process."""
+        return self._process.pool.statistics()
+
+    @property
+    def gate(self) -> Gate:
+        """Where the workspace stops for a checkpoint."""
+        return self._process.gate
+
+    def set_collectives(self, collectives: Collectives) -> None:
+        """Meet others from now on through ``collectives``; collective iterations count from 0 again.
+
+        Call it while nothing runs, or while what runs has been ended by the old collectives.
+        """
+        self._process.collectives = collectives
+        self._process.gate.reset_iterations()
+
+    # --- snapshots -----------------------------------------------------------------------------------------
+
+    def freeze(self) -> FrozenWorkspace:
+        """Take a lease on everything this workspace and its children hold; nothing is copied.
+
+        Call it between two pieces of work: at the gate, or where nothing runs. Afterwards the workspace goes on;
+        a blob that is written while the lease lasts moves to a fresh buffer first.
+        """
+        with self._process.table:
+            frozen = [
+                (workspace._path, blob.name, blob.kind, blob.array, blob.value, blob.version)
+                for workspace in self._family()
+                for blob in sorted(workspace._blobs.values(), key=lambda blob: blob.name)
+            ]
+            buffers = [
+                blob.buffer
+                for workspace in self._family()
+                for blob in workspace._blobs.values()
+                if blob.buffer is not None
+            ]
+            for buffer in buffers:
+                self._process.pool.lease(buffer)
+            self._process.binding_epoch += 1
+            nets = tuple(
+                {"scope": workspace._path, "net": compiled.net}
+                for workspace in self._family()
+                for compiled in workspace._nets.values()
+            )
+            state = {
+                "generators": {workspace._path: _generator_state(workspace._generator) for workspace in self._family()},
+                "seed": self._seed,
+            }
+
+        def snapshot() -> WorkspaceSnapshot:
+            return WorkspaceSnapshot(
+                workspace=self._name,
+                blobs=tuple(
+                    BlobSnapshot(
+                        scope=scope,
+                        name=name,
+                        kind=kind,
+                        array=array,
+                        payload=_payload(kind, value),
+                        version=version,
+                    )
+                    for scope, name, kind, array, value, version in frozen
+                ),
+                nets=tuple({"scope": net["scope"], "net": net["net"].to_plain()} for net in nets),
+                state=state,
+            )
+
+        return FrozenWorkspace(Lease(self._process.pool, buffers), snapshot)
+
+    def stage(self) -> Stage:
+        """Return a place to read a snapshot's arrays into before they replace what the workspace holds."""
+        return Stage(self)
+
+    def restore(self, snapshot: WorkspaceSnapshot, stage: Stage, *, is_held: bool = False) -> None:
+        """Become what a snapshot says: blobs, nets, children, generators. What was there before is dropped.
+
+        Args:
+            snapshot: Its arrays must come from ``stage.allocate``.
+            stage: Used up afterwards.
+            is_held: A barrier has stopped the workspace, so nothing runs; work that waits at the gate runs
+                afterwards, on the restored content.
+
+        Raises:
+            InvalidInputError: The snapshot's nets or values do not fit this workspace; nothing has changed.
+        """
+        plain = [_unpacked(blob) for blob in snapshot.blobs]
+        nets = [(str(net["scope"]), NetDef.from_plain(net["net"])) for net in snapshot.nets]
+        for _, net in nets:
+            for operator in net.operators:
+                compile_operator(operator, self.device_type)
+        states: Mapping[str, Any] = snapshot.state.get("generators", {})
+        generators = {path: _generator_from(state) for path, state in states.items()}
+        with nullcontext() if is_held else self._mutating("restore"), self._process.table:
+            self._clear()
+            for path, generator in generators.items():
+                self._made_child(path)._generator = generator
+            for blob, value in zip(snapshot.blobs, plain, strict=True):
+                self._made_child(blob.scope)._put(blob, value, stage)
+            for path, net in nets:
+                workspace = self._made_child(path)
+                workspace._nets[net.name] = CompiledNet(net, workspace, is_restored=True)
+        stage.discard()
+
+    def _put(self, blob: BlobSnapshot, value: Any, stage: Stage) -> None:
+        restored = Blob(check_name(blob.name))
+        self._blobs[blob.name] = restored
+        if blob.array is not None:
+            self.adopt(restored, stage.take(blob.array))
+        elif blob.kind is not Kind.UNINITIALIZED:
+            self.store(restored, blob.kind, value)
+        restored.version = blob.version
+
+    def clear(self, *, is_held: bool = False) -> None:
+        """Drop all blobs, nets and children, so that their memory can be used to restore into."""
+        with nullcontext() if is_held else self._mutating("clear"):
+            self._clear()
+
+    # --- inside --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _mutating(self, label: str) -> Iterator[None]:
+        process = self._process
+        with process.compute:
+            process.nesting += 1
+            try:
+                # A mutating call inside another one (a child made during restore) belongs to the same piece of
+                # work, and must not go through the gate a second time.
+                if process.nesting > 1:
+                    yield
+                else:
+                    with process.gate.work(label):
+                        yield
+            finally:
+                process.nesting -= 1
+
+    def _fresh(self, shape: tuple[int, ...], dtype: DType, *, wanted_by: str, blob: str) -> BlobAllocation:
+        size_bytes = _size_bytes(shape, dtype)
+        buffer = self._process.pool.take(size_bytes, wait_s=_LEASE_WAIT_S)
+        if buffer is None:
+            raise self._no_room(size_bytes, wanted_by=wanted_by, blob=blob)
+        return BlobAllocation(self._process.pool.view(buffer, shape, dtype), buffer, is_fresh=True)
+
+    def _no_room(self, size_bytes: int, *, wanted_by: str, blob: str) -> MemoryLimitError:
+        memory = self.memory()
+        specs = sorted(self.specs(), key=lambda spec: -spec.nbytes)[:_LARGEST_SHOWN]
+        largest = ", ".join(f"{spec.name!r} {spec.nbytes:,}" for spec in specs if spec.nbytes) or "none"
+        return MemoryLimitError(
+            f"Workspace {self.name!r} has no room: {wanted_by} wanted {size_bytes:,} bytes for blob {blob!r}; "
+            f"{memory.used_bytes:,} of {memory.limit_bytes or 0:,} bytes are in use ({memory.retained_bytes:,} of them "
+            f"by snapshots alone). The largest blobs: {largest}. Remove blobs, or raise the workspace's memory limit.",
+            workspace=self.name,
+            blob=blob,
+            wanted_bytes=size_bytes,
+            used_bytes=memory.used_bytes,
+            limit_bytes=memory.limit_bytes,
+            largest={spec.name: spec.nbytes for spec in specs},
+        )
+
+    def _replace(self, blob: Blob, allocation: BlobAllocation) -> None:
+        old = blob.array
+        if blob.buffer is not None and blob.buffer is not allocation.buffer:
+            self._process.pool.disown(blob.buffer)
+        changes_spec = (
+            old is None or old.shape != allocation.array.shape or old.dtype != allocation.array.dtype
+        )
+        blob.kind = Kind.TENSOR
+        blob.value = None
+        blob.array = allocation.array
+        blob.buffer = allocation.buffer
+        allocation.buffer.array = allocation.array
+        self._process.binding_epoch += 1
+        if changes_spec:
+            self._names_changed()
+
+    def _drop_buffer(self, blob: Blob) -> None:
+        if blob.buffer is not None:
+            self._process.pool.disown(blob.buffer)
+            blob.buffer = None
+            blob.array = None
+            self._process.binding_epoch += 1
+
+    def _clear(self) -> None:
+        with self._process.table:
+            for workspace in self._family():
+                for blob in workspace._blobs.values():
+                    self._drop_buffer(blob)
+                workspace._blobs = {}
+                workspace._nets = {}
+            self._children = {}
+            self._names_changed()
+            self._process.binding_epoch += 1
+
+    def _names_changed(self) -> None:
+        self._process.names_version += 1
+
+    def _existing(self, name: str) -> Blob:
+        blob = self.find(name)
+        if blob is None:
+            raise self._missing(name)
+        return blob
+
+    def _initialized(self, name: str) -> Blob:
+        blob = self._existing(name)
+        if blob.kind is Kind.UNINITIALIZED:
+            raise NotFoundError(
+                f"Blob {name!r} of workspace {self.name!r} is uninitialized: it was created and never written.",
+                blob=name,
+                workspace=self.name,
+            )
+        return blob
+
+    def _missing(self, name: str) -> NotFoundError:
+        with self._process.table:
+            near = [known for known in sorted(self._blobs) if str(name).lower() in known.lower()][:3]
+        hint = f" Names like it: {', '.join(map(repr, near))}." if near else ""
+        return NotFoundError(
+            f"Workspace {self.name!r} has no blob {name!r:.120}.{hint}", blob=str(name)[:120], workspace=self.name
+        )
+
+    def __repr__(self) -> str:
+        return f"Workspace({self.name!r}, {self.device_type}, {len(self._blobs)} blobs)"
+
+
+class Stage:
+    """Memory of a workspace's pool that a snapshot is read into, before any of it is visible."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._pool = workspace._process.pool
+        self._allocations: dict[int, BlobAllocation] = {}
+        self._on_host: dict[int, Array] = {}
+
+    def allocate(self, shape: tuple[int, ...], dtype: DType) -> Array:
+        """Return an array to fill; of host memory also where the workspace is on a GPU.
+
+        Raises:
+            MemoryLimitError: The workspace's limit does not leave room for a second copy of its blobs.
+        """
+        allocation = self._workspace._fresh(tuple(shape), dtype, wanted_by="restore", blob="(a checkpoint's)")
+        array = allocation.array
+        if not isinstance(array, np.ndarray):
+            array = np.empty(shape, dtype)
+        # Keyed by identity: the reader hands back the very arrays that it was given.
+        self._allocations[id(array)] = allocation
+        self._on_host[id(array)] = array
+        return array
+
+    def take(self, array: Array) -> BlobAllocation:
+        """Return the allocation behind a filled array; it is the blob's from now on."""
+        allocation = self._allocations.pop(id(array), None)
+        if allocation is None:
+            raise InternalError("A restored array did not come from the stage that it was read into.")
+        if allocation.array is not array:
+            allocation.array[...] = self._workspace.xp.asarray(array)
+        del self._on_host[id(array)]
+        return allocation
+
+    def discard(self) -> None:
+        """Give back what no blob has taken."""
+        for allocation in self._allocations.values():
+            self._pool.disown(allocation.buffer)
+        self._allocations.clear()
+        self._on_host.clear()
+
+
+def _own(slot: Slot) -> Blob:
+    if not isinstance(slot, Blob):
+        raise InternalError(f"Expected a Blob of a workspace, found {type(slot).__name__}.")
+    return slot
+
+
+def _size_bytes(shape: tuple[int, ...], dtype: DType) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count * dtype.itemsize
+
+
+def _deep_copy(value: object) -> object:
+    return copy.deepcopy(value) if isinstance(value, (list, dict)) else value
+
+
+def _fetched(blob: Blob) -> Any:
+    if blob.kind is Kind.TENSOR:
+        return to_host(blob.array)
+    if blob.kind is Kind.STRINGS:
+        return blob.value.copy()
+    return _deep_copy(blob.value)
+
+
+def _payload(kind: Kind, value: Any) -> bytes | None:
+    if kind is Kind.STRINGS:
+        return pack_strings(value)
+    return pack_plain(value) if kind is Kind.VALUE else None
+
+
+def _unpacked(blob: BlobSnapshot) -> Any:
+    if blob.payload is None:
+        return None
+    return unpack_strings(blob.payload) if blob.kind is Kind.STRINGS else unpack_plain(blob.payload)
+
+
+def _generator_state(generator: np.random.Generator) -> dict[str, Any]:
+    # PCG64 counts in 128 bits, which MessagePack does not carry; as hexadecimal text it does.
+    state: Mapping[str, Any] = generator.bit_generator.state
+    inner: Mapping[str, int] = state["state"]
+    return {
+        "algorithm": state["bit_generator"],
+        "state": f"{inner['state']:x}",
+        "increment": f"{inner['inc']:x}",
+        "has_uint32": int(state["has_uint32"]),
+        "uinteger": int(state["uinteger"]),
+    }
+
+
+def _generator_from(plain: Mapping[str, Any]) -> np.random.Generator:
+    if plain.get("algorithm") != "PCG64":
+        raise InvalidInputError(f"Unknown random generator {plain.get('algorithm')!r}; expected 'PCG64'.")
+    bits = np.random.PCG64()
+    bits.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": int(plain["state"], 16), "inc": int(plain["increment"], 16)},
+        "has_uint32": plain["has_uint32"],
+        "uinteger": plain["uinteger"],
+    }
+    return np.random.Generator(bits)
+
+
