@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError, RayActorError, RayError
 
+from ..ops.definitions import NetDef
 from ..ops.errors import BlobspaceError, ConflictError, InvalidInputError, NotFoundError, WorkspaceLostError
 from ..ops.net import Net
-from ..ops.definitions import NetDef
 from ..ops.values import check_plain
 from ..workspace_actors.handle import WorkspaceHandle
 from ..workspace_actors.packed_names import unpack_names
@@ -22,8 +26,10 @@ from ..workspace_actors.ray_errors import unwrapped
 from ..workspace_actors.workspace import BlobSpec, check_workspace_name
 from .checkpoint import CheckpointSummary, LocalStore, list_checkpoints
 from .config import ClusterConfig, load_config, make_config
-from .coordinator import NAMESPACE, CoordinatorActor, coordinator_name
+from .coordinator import NAMESPACE, CoordinatorActor, coordinator_name, named_actors
 from .messages import CheckpointReport, ClusterView, NamesUpdate, RestoreReport
+
+_ANSWER_S = 5.0
 
 
 class Cluster:
@@ -46,27 +52,27 @@ class Cluster:
         self._is_owner = is_owner
         self._names: dict[str, tuple[int, dict[str, list[str]]]] = {}
         self._names_at = -1
-        self._workspaces = _Workspaces(self)
+        self._workspaces = _Workspaces(self._view_now, self._actor_of, self._lost)
 
     @classmethod
-    def launch(
-        cls, config: ClusterConfig | Mapping[str, Any] | str | Path, *, detached: bool = False
-    ) -> Cluster:
-        """Make a cluster: a coordinator and its workspaces. Starts a local Ray if none is connected.
+    def launch(cls, config: ClusterConfig | Mapping[str, Any] | str | Path, *, detached: bool = False) -> Cluster:
+        """Make a cluster: a coordinator and its workspaces. Starts a local Ray if there is none.
 
         Args:
             config: A :class:`ClusterConfig`, a mapping of the same shape, or the path of a YAML file.
-            detached: Let the cluster outlive this process; others :meth:`attach` to it by its name.
+            detached: Let the cluster outlive this process; others :meth:`attach` to it by its name. Then Ray
+                must be running already: one that is started here ends with this process.
 
         Raises:
             InvalidInputError: The configuration is wrong, or no set of nodes here can ever hold it.
+            NotFoundError: A detached cluster was asked for, and there is no Ray.
             ConflictError: There is a cluster of that name already.
             DeadlineError: The workspaces did not start in time; nothing is left behind.
         """
         checked = load_config(config) if isinstance(config, (str, Path)) else make_config(config)
         if checked.checkpoint_root is not None:
             checked = checked.model_copy(update={"checkpoint_root": _absolute(checked.checkpoint_root)})
-        _connect()
+        connect(may_start=not detached)
         name = coordinator_name(checked.name)
         with suppress(ValueError):
             ray.get_actor(name, namespace=NAMESPACE)
@@ -79,7 +85,8 @@ class Cluster:
         if detached:
             options |= {"lifetime": "detached", "max_restarts": -1}
         try:
-            coordinator = ray.remote(CoordinatorActor).options(**options).remote(checked, detached)
+            actor_class: Any = ray.remote(CoordinatorActor)
+            coordinator = actor_class.options(**options).remote(checked, detached)
         except ValueError as error:
             raise ConflictError(f"A cluster named {checked.name!r} was launched at the same moment.") from error
         try:
@@ -94,10 +101,10 @@ class Cluster:
         """Return the running cluster of that name, made by this or another job.
 
         Raises:
-            NotFoundError: There is none on the Ray that this process is connected to.
+            NotFoundError: There is none on the Ray that this process is connected to, or no Ray.
         """
         check_workspace_name(name)
-        _connect()
+        connect(may_start=False)
         try:
             coordinator = ray.get_actor(coordinator_name(name), namespace=NAMESPACE)
         except ValueError:
@@ -152,7 +159,7 @@ class Cluster:
         references += [member.actor.names_version.remote() for member in self._view.members if member.is_alive]
         try:
             version, *versions = ray.get(references)
-        except ray.exceptions.RayActorError:
+        except RayActorError:
             return False
         return version == self._names_at and versions == [known for known, _ in self._names.values()]
 
@@ -196,10 +203,10 @@ class Cluster:
         for handle, reference in zip(handles, references, strict=True):
             try:
                 ray.get(reference)
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 failures.append((handle.name, error))
         for name, error in failures:
-            if isinstance(error, ray.exceptions.RayActorError):
+            if isinstance(error, RayActorError):
                 raise self._lost(name, unwrapped(error, f"workspace {name!r}")) from None
         if failures:
             name, error = failures[0]
@@ -310,7 +317,7 @@ class Cluster:
 
     def shut_down(self) -> None:
         """End the cluster: every workspace with its blobs, then the coordinator. Checkpoints stay."""
-        with suppress(ray.exceptions.RayError):
+        with suppress(RayError):
             ray.get(self._coordinator.shut_down.remote())
         ray.kill(self._coordinator)
 
@@ -325,6 +332,9 @@ class Cluster:
 
     def __repr__(self) -> str:
         return f"Cluster({self.name!r}, {len(self._view.members)} workspaces)"
+
+    def _view_now(self) -> ClusterView:
+        return self._view
 
     # --- what handles need ---------------------------------------------------------------------------------
 
@@ -347,49 +357,103 @@ class Cluster:
 class _Workspaces(Mapping[str, WorkspaceHandle]):
     """The workspaces of a cluster by name, in the order of their ranks."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+    def __init__(
+        self,
+        view: Callable[[], ClusterView],
+        actor_of: Callable[[str], Any],
+        on_lost: Callable[[str, BlobspaceError], BlobspaceError],
+    ) -> None:
+        self._view = view
+        self._actor_of = actor_of
+        self._on_lost = on_lost
 
     def __getitem__(self, name: str) -> WorkspaceHandle:
         own, _, child = name.partition(":")
         if own not in set(self):
             raise NotFoundError(
-                f"Cluster {self._cluster.name!r} has no workspace {own!r:.150}. It has: {', '.join(self)}.",
+                f"Cluster {self._view().name!r} has no workspace {own!r:.150}. It has: {', '.join(self)}.",
                 workspace=own[:150],
             )
-        return WorkspaceHandle(own, find_actor=self._finder(own), on_lost=self._cluster._lost, child=child)
-
-    def _finder(self, name: str) -> Callable[[], Any]:
-        return lambda: self._cluster._actor_of(name)
+        return WorkspaceHandle(own, find_actor=partial(self._actor_of, own), on_lost=self._on_lost, child=child)
 
     def __iter__(self) -> Iterator[str]:
-        return iter([member.name for member in self._cluster._view.members])
+        return iter([member.name for member in self._view().members])
 
     def __len__(self) -> int:
-        return len(self._cluster._view.members)
+        return len(self._view().members)
 
 
 def clusters() -> list[str]:
     """Return the names of the clusters on the Ray that this process is connected to, sorted."""
-    _connect()
+    connect(may_start=False)
     suffix = coordinator_name("")
-    return sorted(
-        entry["name"].removesuffix(suffix)
-        for entry in ray.util.list_named_actors(all_namespaces=True)
-        if entry["namespace"] == NAMESPACE and entry["name"].endswith(suffix)
+    return sorted(name.removesuffix(suffix) for name in named_actors() if name.endswith(suffix))
+
+
+def connect(*, may_start: bool, log_level: int = logging.INFO) -> None:
+    """Connect to the Ray of RAY_ADDRESS, of the job, or of this machine; leave a connection as it is.
+
+    Args:
+        may_start: Start a local Ray, which ends with this process, if there is none. False where that is of no
+            use: a fresh Ray holds no cluster to attach to, and a detached cluster would not outlive it.
+        log_level: What Ray's own logger tells this process.
+
+    Raises:
+        NotFoundError: There is no Ray, or none answers at RAY_ADDRESS.
+        InvalidInputError: RAY_ADDRESS is none that a program can connect to, or Ray demands a token.
+    """
+    if ray.is_initialized():
+        return
+    # Ray's own variable. An address where nobody listens is refused here at once; Ray would try for 80 s.
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address == "local" and not may_start:
+        raise _no_ray("RAY_ADDRESS=local asks for a fresh Ray")
+    if address not in ("", "auto", "local"):
+        _check_answers(address)
+    logging.getLogger("ray").setLevel(log_level)
+    try:
+        ray.init(
+            address=None if may_start else "auto",
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            include_dashboard=False,
+            logging_level=log_level,
+        )
+    except (AuthenticationError, ConnectionError) as error:
+        if isinstance(error, ConnectionError) and not address:
+            raise _no_ray("No Ray is running on this machine") from None
+        raise InvalidInputError(
+            f"Ray at {address or 'this machine'} answers but refuses this process; it seems to demand a token. Set "
+            f"RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN.",
+            address=address,
+        ) from None
+
+
+def _check_answers(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise InvalidInputError(
+            f"RAY_ADDRESS is {address!r}; programs connect to host:port of Ray itself (port 6379 unless chosen), and "
+            f"only 'ray job' and 'ray list' to the dashboard's http://host:port.",
+            address=address,
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_ray(f"No Ray answers at RAY_ADDRESS={address} ({error})") from None
+
+
+def _no_ray(problem: str) -> NotFoundError:
+    return NotFoundError(
+        f"{problem}. Start one with 'ray start --head', or set RAY_ADDRESS=host:port of one that runs.",
+        address=os.environ.get("RAY_ADDRESS", ""),
     )
-
-
-def _connect() -> None:
-    """Connect to the Ray that RAY_ADDRESS or the job names, or start a local one; leave a connection as it is."""
-    if not ray.is_initialized():
-        ray.init(namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
 
 
 def _get(reference: Any, who: str) -> Any:
     try:
         return ray.get(reference)
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         raise unwrapped(error, who) from None
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayError
 
 from .. import __version__
 from ..ops.definitions import CPU, CUDA
@@ -25,7 +26,6 @@ from ..ops.errors import (
     ConflictError,
     DeadlineError,
     InvalidInputError,
-    NotFoundError,
     WorkspaceLostError,
 )
 from ..workspace_actors.actor import CONCURRENCY_GROUPS, ActorIdentity, ActorOptions, WorkspaceActor
@@ -35,14 +35,13 @@ from ..workspace_actors.workspace import BlobSpec
 from .checkpoint import LocalStore, Manifest, commit, list_checkpoints, make_manifest, read_manifest
 from .config import ClusterConfig
 from .messages import CheckpointReport, ClusterView, MemberView, NamesUpdate, RestoreReport
-from .operations import Call, CheckpointOperation, Finish, Operation, Publish, RestoreOperation
+from .operations import Call, CheckpointOperation, Operation, RestoreOperation
 from .placement import NODE_ID_LABEL, NodeView, PlacementRequest, check_feasible, describe_nodes
+from .protocol_run import ProtocolRun
 from .snapshot_io import CheckpointLoader, CheckpointWriter
 
 NAMESPACE = "blobspace"
 _PROBE_S = 10.0
-_TICK_S = 0.5
-_WRITERS_END_S = 5.0
 
 
 def coordinator_name(cluster: str) -> str:
@@ -61,6 +60,12 @@ def live_nodes() -> list[NodeView]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def named_actors() -> list[str]:
+    """Return the names of all actors of all clusters on this Ray."""
+    entries: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    return [entry["name"] for entry in entries if entry["namespace"] == NAMESPACE]
 
 
 @dataclass(slots=True)
@@ -86,7 +91,7 @@ class CoordinatorActor:
         self._names: dict[str, tuple[int, bytes]] = {}
         self._meeting_point: Any = None
         self._operation: str | None = None
-        self._events: asyncio.Queue[Callable[[Operation], list[Any]]] | None = None
+        self._run: ProtocolRun | None = None
         self._last_committed: tuple[str, int] | None = None
         self._is_ready = False
 
@@ -154,9 +159,7 @@ class CoordinatorActor:
         await self._join_all()
 
     async def _take_over(self, found: dict[str, tuple[int, Any]]) -> None:
-        identities = await asyncio.gather(
-            *(self._probe(actor) for _, actor in found.values()), return_exceptions=True
-        )
+        identities = await asyncio.gather(*(self._probe(actor) for _, actor in found.values()), return_exceptions=True)
         for name in self._config.workspace_names():
             self._members[name] = _Member(self._absent(name, "it was gone when the coordinator was restarted"))
         for (name, (generation, actor)), identity in zip(found.items(), identities, strict=True):
@@ -172,9 +175,8 @@ class CoordinatorActor:
     def _find_workspaces(self) -> dict[str, tuple[int, Any]]:
         prefix = f"{self._config.name}/workspace/"
         found: dict[str, tuple[int, Any]] = {}
-        for entry in ray.util.list_named_actors(all_namespaces=True):
-            actor_name: str = entry["name"]
-            if entry["namespace"] != NAMESPACE or not actor_name.startswith(prefix):
+        for actor_name in named_actors():
+            if not actor_name.startswith(prefix):
                 continue
             name, _, generation = actor_name.removeprefix(prefix).rpartition("#")
             if name in self._config.workspace_names() and int(generation) > found.get(name, (0, None))[0]:
@@ -187,9 +189,7 @@ class CoordinatorActor:
             return
         with suppress(BlobspaceError):
             readable = [
-                summary
-                for summary in list_checkpoints(LocalStore(self._config.checkpoint_root))
-                if summary.is_readable
+                summary for summary in list_checkpoints(LocalStore(self._config.checkpoint_root)) if summary.is_readable
             ]
             if readable:
                 self._last_committed = (self._config.checkpoint_root, readable[-1].step)
@@ -203,10 +203,10 @@ class CoordinatorActor:
                 "namespace": NAMESPACE,
                 "lifetime": "detached",
             }
-            for entry in ray.util.list_named_actors(all_namespaces=True):
-                if entry["name"].startswith(f"{self._config.name}/meeting-point#"):
+            for actor_name in named_actors():
+                if actor_name.startswith(f"{self._config.name}/meeting-point#"):
                     with suppress(ValueError):
-                        ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE))
+                        ray.kill(ray.get_actor(actor_name, namespace=NAMESPACE))
         return ray.remote(MeetingPoint).options(**options).remote()
 
     def _request(self, name: str) -> PlacementRequest:
@@ -239,7 +239,7 @@ class CoordinatorActor:
                     self._forget(member)
                     self._members[name] = _Member(self._absent(name, "it could not be placed"))
                 ray.kill(actor)
-            if isinstance(error, ray.exceptions.RayError):
+            if isinstance(error, RayError):
                 raise unwrapped(error, "a new workspace") from None
             raise
 
@@ -258,7 +258,9 @@ class CoordinatorActor:
             options["label_selector"] = dict(request.labels)
         if self._is_detached:
             options["lifetime"] = "detached"
-        actor_class = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(WorkspaceActor)
+        # Ray's types know neither concurrency groups nor options from a mapping.
+        decorate: Any = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        actor_class: Any = decorate(WorkspaceActor)
         names = self._config.workspace_names()
         return actor_class.options(**options).remote(
             ActorOptions(
@@ -301,7 +303,9 @@ class CoordinatorActor:
             lost_because="",
         )
         self._members[name] = _Member(view, asyncio.ensure_future(self._watch(name, actor)))
-        self._members = {known: self._members[known] for known in self._config.workspace_names() if known in self._members}
+        self._members = {
+            known: self._members[known] for known in self._config.workspace_names() if known in self._members
+        }
         self._names.pop(name, None)
         self._version += 1
 
@@ -322,26 +326,21 @@ class CoordinatorActor:
         alive = [member.view for member in self._members.values() if member.view.is_alive]
         await self._meeting_point.open.remote(self._generation, names)
         await asyncio.gather(
-            *(
-                view.actor.join.remote(self._generation, self._meeting_point, view.rank, len(names))
-                for view in alive
-            )
+            *(view.actor.join.remote(self._generation, self._meeting_point, view.rank, len(names)) for view in alive)
         )
         if len(alive) < len(names):
             await self._close_meetings()
 
     async def _close_meetings(self) -> None:
         lost = [member.view.name for member in self._members.values() if not member.view.is_alive]
-        await self._meeting_point.close.remote(
-            self._generation, f"lost workspace(s): {', '.join(lost)}", lost
-        )
+        await self._meeting_point.close.remote(self._generation, f"lost workspace(s): {', '.join(lost)}", lost)
 
     # --- losses --------------------------------------------------------------------------------------------
 
     async def _watch(self, name: str, actor: Any) -> None:
         try:
             await actor.watch.remote()
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             await self._lose(name, actor, first_line(error))
 
     async def _probe(self, actor: Any) -> ActorIdentity:
@@ -354,10 +353,9 @@ class CoordinatorActor:
         member.view = replace(member.view, is_alive=False, lost_because=reason)
         self._names.pop(name, None)
         self._version += 1
-        if self._events is not None:
-            error = self._lost_error(member.view)
-            self._events.put_nowait(lambda operation: operation.lost(name, error, time.monotonic()))
-        with suppress(ray.exceptions.RayError):
+        if self._run is not None:
+            self._run.lose(name, self._lost_error(member.view))
+        with suppress(RayError):
             await self._close_meetings()
 
     def _lost_error(self, view: MemberView) -> WorkspaceLostError:
@@ -383,7 +381,7 @@ class CoordinatorActor:
         if member.view.is_alive and member.view.actor is not None:
             try:
                 await self._probe(member.view.actor)
-            except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
+            except (RayError, asyncio.TimeoutError) as error:
                 await self._lose(name, member.view.actor, first_line(error))
         return self._lost_error(member.view)
 
@@ -427,7 +425,7 @@ class CoordinatorActor:
     async def _ask_all(self, views: list[MemberView], ask: Callable[[MemberView], Any]) -> list[Any]:
         answers = await asyncio.gather(*(ask(view) for view in views), return_exceptions=True)
         for view, answer in zip(views, answers, strict=True):
-            if isinstance(answer, ray.exceptions.RayActorError):
+            if isinstance(answer, RayActorError):
                 raise await self.lost_error(view.name)
             if isinstance(answer, BaseException):
                 raise unwrapped(answer, f"workspace {view.name!r}") if isinstance(answer, Exception) else answer
@@ -565,15 +563,15 @@ class CoordinatorActor:
         left_over = sorted(saved - set(self._members))
         if missing or left_over:
             raise InvalidInputError(
-                f"The checkpoint of step {manifest.step} is of another shape than cluster {self._config.name!r}: it has "
-                f"no workspace {', '.join(missing) or '(none is missing)'}, and the cluster has no workspace "
+                f"The checkpoint of step {manifest.step} is of another shape than cluster {self._config.name!r}: it "
+                f"has no workspace {', '.join(missing) or '(none is missing)'}, and the cluster has no workspace "
                 f"{', '.join(left_over) or '(none is left over)'}. This version restores onto the same workspaces.",
                 missing=missing,
                 left_over=left_over,
             )
 
     @asynccontextmanager
-    async def _exclusively(self, what: str) -> AsyncIterator[None]:
+    async def _exclusively(self, what: str) -> AsyncGenerator[None]:
         if self._operation is not None:
             raise ConflictError(
                 f"Cluster {self._config.name!r} is busy with a {self._operation}; the {what} was not begun. Try again "
@@ -587,69 +585,20 @@ class CoordinatorActor:
             self._operation = None
 
     async def _carry_out(self, operation: Operation, publish: Callable[[Any], Any] | None) -> Any:
-        """Run a protocol to its end: perform what the machine asks for, tell it what comes back."""
-        events: asyncio.Queue[Callable[[Operation], list[Any]]] = asyncio.Queue()
-        self._events = events
-        tasks: set[asyncio.Task[None]] = set()
-
-        def begin(work: Coroutine[Any, Any, None]) -> None:
-            task = asyncio.ensure_future(work)
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-
-        async def call(action: Call) -> None:
-            member = self._members[action.workspace].view
-            try:
-                value = await getattr(member.actor, action.method).remote(*action.arguments)
-            except ray.exceptions.RayError as error:
-                failure = unwrapped(error, f"workspace {action.workspace!r}")
-                if isinstance(error, ray.exceptions.RayActorError):
-                    failure = await self.lost_error(action.workspace)
-                events.put_nowait(
-                    lambda machine: machine.failed(action.workspace, action.phase, failure, time.monotonic())
-                )
-            else:
-                events.put_nowait(
-                    lambda machine: machine.answered(action.workspace, action.phase, value, time.monotonic())
-                )
-
-        async def run_publish(action: Publish) -> None:
-            assert publish is not None
-            assert isinstance(operation, CheckpointOperation)
-            try:
-                result = await asyncio.to_thread(publish, action.receipts)
-            except BlobspaceError as error:
-                failure = error
-                events.put_nowait(lambda machine: operation.publish_failed(failure, time.monotonic()))
-            else:
-                events.put_nowait(lambda machine: operation.published(result, time.monotonic()))
-
-        finish: Finish | None = None
-        actions = operation.start()
+        self._run = ProtocolRun(operation, call=self._call_member, publish=publish)
         try:
-            while finish is None:
-                for action in actions:
-                    if isinstance(action, Call):
-                        begin(call(action))
-                    elif isinstance(action, Publish):
-                        begin(run_publish(action))
-                    else:
-                        finish = action
-                if finish is None:
-                    try:
-                        event = await asyncio.wait_for(events.get(), _TICK_S)
-                        actions = event(operation)
-                    except asyncio.TimeoutError:
-                        actions = operation.tick(time.monotonic())
-            if tasks:
-                await asyncio.wait(set(tasks), timeout=_WRITERS_END_S)
+            return await self._run.to_the_end()
         finally:
-            self._events = None
-            for task in set(tasks):
-                task.cancel()
-        if finish.error is not None:
-            raise finish.error
-        return finish.result
+            self._run = None
+
+    async def _call_member(self, action: Call) -> Any:
+        member = self._members[action.workspace].view
+        try:
+            return await getattr(member.actor, action.method).remote(*action.arguments)
+        except RayActorError:
+            raise await self.lost_error(action.workspace) from None
+        except RayError as error:
+            raise unwrapped(error, f"workspace {action.workspace!r}") from None
 
 
 async def _awaited(reference: Any) -> Any:

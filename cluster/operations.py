@@ -161,7 +161,8 @@ class Operation:
     def _state_after_failure(self) -> str:
         raise NotImplementedError
 
-    def _begin(self, phase: str, method: str, arguments: Callable[[int, str], tuple[Any, ...]]) -> list[Action]:
+    def _begin(self, phase: str, *shared: Any, each: Mapping[str, Any] | None = None) -> list[Action]:
+        """Call the method that is named like the phase on every member that is left."""
         self.phase = phase
         self.phase_began[phase] = self.now
         self._answers = {}
@@ -170,10 +171,10 @@ class Operation:
             Call(
                 workspace=name,
                 phase=phase,
-                method=method,
-                arguments=(self.generation, self.barrier, *arguments(rank, name)),
+                method=phase,
+                arguments=(self.generation, self.barrier, *shared, *(() if each is None else (each[name],))),
             )
-            for rank, name in enumerate(self.members)
+            for name in self.members
             if name in self._waiting
         ]
 
@@ -184,7 +185,7 @@ class Operation:
     def _release(self) -> list[Action]:
         # Letting go is a courtesy to workspaces that live; one that hangs must not keep the caller waiting.
         self._ends_at = self.now + RELEASE_S
-        actions = self._begin("release", "release", lambda rank, name: ())
+        actions = self._begin("release")
         return actions if self._waiting else self._over()
 
     def _over(self) -> list[Action]:
@@ -209,7 +210,7 @@ class CheckpointOperation(Operation):
     WHAT = "checkpoint"
 
     def _first(self) -> list[Action]:
-        return self._begin("hold", "hold", lambda rank, name: (self.deadline_s,))
+        return self._begin("hold", self.deadline_s)
 
     def _complete(self) -> list[Action]:
         answers = self._answers
@@ -217,12 +218,14 @@ class CheckpointOperation(Operation):
             case "hold":
                 # Members of a collective wait for each other inside an iteration; all stop after the greatest.
                 target = max(answers.values())
-                return self._begin("freeze", "freeze", lambda rank, name: (target,))
+                return self._begin("freeze", target)
             case "freeze":
                 self.frozen_bytes = sum(answers.values())
-                return self._begin("resume", "resume", lambda rank, name: ())
+                return self._begin("resume")
             case "resume":
-                return self._begin("write", "write", lambda rank, name: (self.make_writer(rank),))
+                return self._begin(
+                    "write", each={name: self.make_writer(rank) for rank, name in enumerate(self.members)}
+                )
             case "write":
                 self.receipts = {name: answers[name] for name in self.members}
                 self.phase = "publish"
@@ -275,18 +278,18 @@ class RestoreOperation(Operation):
     WHAT = "restore"
 
     def _first(self) -> list[Action]:
-        return self._begin("prepare", "prepare", lambda rank, name: (self.make_loader(name),))
+        return self._begin("prepare", each={name: self.make_loader(name) for name in self.members})
 
     def _complete(self) -> list[Action]:
         answers = self._answers
         match self.phase:
             case "prepare":
-                return self._begin("hold", "hold", lambda rank, name: (self.deadline_s,))
+                return self._begin("hold", self.deadline_s)
             case "hold":
                 target = max(answers.values())
-                return self._begin("stop", "stop", lambda rank, name: (target,))
+                return self._begin("stop", target)
             case "stop":
-                return self._begin("apply", "apply", lambda rank, name: ())
+                return self._begin("apply")
             case "apply":
                 self._finish = Finish(result=None)
                 return self._release()

@@ -54,9 +54,9 @@ def check_feasible(requests: Sequence[PlacementRequest], nodes: Sequence[NodeVie
 
 
 def _fits(request: PlacementRequest, node: NodeView) -> bool:
-    return all(
-        node.resources.get(name, 0.0) + 1e-9 >= amount for name, amount in request.resources.items()
-    ) and all(node.labels.get(name) == value for name, value in request.labels.items())
+    return all(node.resources.get(name, 0.0) + 1e-9 >= amount for name, amount in request.resources.items()) and all(
+        node.labels.get(name) == value for name, value in request.labels.items()
+    )
 
 
 def describe_nodes(nodes: Sequence[NodeView]) -> str:

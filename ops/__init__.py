@@ -31,7 +31,7 @@ from .registry import (
     register_schema,
     should_not_do_gradient,
 )
-from .schema import UNBOUNDED, Argument, ArgType, OperatorSchema
+from .schema import UNBOUNDED, ArgType, Argument, OperatorSchema
 from .values import Kind
 
 del _library

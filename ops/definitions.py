@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .dtypes import parse_dtype
 from .errors import InvalidInputError
 from .values import check_name, check_plain
 
@@ -42,6 +44,9 @@ class DeviceOption:
                 f"Unknown device type {self.device_type!r}. Expected one of {', '.join(DEVICE_TYPES)}.",
                 found=self.device_type,
             )
+        seed = self.random_seed
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64):
+            raise InvalidInputError(f"A random seed is an integer from 0 to 2**64 - 1, or None; found {seed!r:.80}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +80,9 @@ class OperatorDef:
                     f"Operator {self.type}: the {what}s must be a list of blob names; found the str {names!r:.80}. "
                     f"Write [{names!r:.80}]."
                 )
+        if not isinstance(self.name, str):
+            raise InvalidInputError(f"Operator {self.type}: its name is text for people; found {self.name!r:.80}.")
+        check_plain([self.type, self.name], where=f"Operator {self.type!r}")
         object.__setattr__(self, "inputs", tuple(check_name(name) for name in self.inputs))
         object.__setattr__(self, "outputs", tuple(check_name(name) for name in self.outputs))
         object.__setattr__(self, "args", {key: _plain_argument(self.type, key, self.args[key]) for key in self.args})
@@ -85,7 +93,7 @@ class OperatorDef:
             "type": self.type,
             "inputs": list(self.inputs),
             "outputs": list(self.outputs),
-            "args": dict(self.args),
+            "args": deepcopy(dict(self.args)),
             "device": None if self.device_option is None else self.device_option.device_type,
             "random_seed": None if self.device_option is None else self.device_option.random_seed,
             "name": self.name,
@@ -135,8 +143,8 @@ def _plain_argument(operator: str, key: object, value: Any) -> Any:
         value = list(value)
     elif isinstance(value, (np.dtype, type)):
         try:
-            value = np.dtype(value).name
-        except TypeError:
+            value = parse_dtype(value).name
+        except InvalidInputError:
             raise InvalidInputError(
                 f"Operator {operator}: argument {key!r} is the type {value!r}; the only types that an argument can "
                 f"name are element types such as numpy.float32.",
@@ -146,7 +154,7 @@ def _plain_argument(operator: str, key: object, value: Any) -> Any:
     if isinstance(value, list):
         value = [item.item() if isinstance(item, np.generic) else item for item in value]
     check_plain(value, where=f"Operator {operator}: argument {key!r}")
-    return value
+    return deepcopy(value)  # the caller may go on to change a list or dict of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,9 +72,11 @@ def parse_dtype(value: object) -> DType:
         if lowered in _CAFFE2_NAMES:
             return CAFFE2_NUMBERS[_CAFFE2_NAMES[lowered]]
         raise _unknown(value)
+    if value is None:
+        raise _unknown(value)  # NumPy takes None for float64
     try:
         dtype = np.dtype(value)  # type: ignore[call-overload]
-    except TypeError:
+    except (TypeError, ValueError):
         raise _unknown(value) from None
     if not is_tensor_dtype(dtype):
         raise _unknown(value)

@@ -23,9 +23,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 
-def _rebuild(
-    cls: type[BlobspaceError], message: str, fields: dict[str, object], notes: list[str]
-) -> BlobspaceError:
+def _rebuild(cls: type[BlobspaceError], message: str, fields: dict[str, object], notes: list[str]) -> BlobspaceError:
     error = cls(message, **fields)
     for note in notes:
         error.add_context(note)

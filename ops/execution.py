@@ -14,9 +14,10 @@ replaces a buffer, the remaining operators of that iteration run in binding mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,8 +124,8 @@ class Environment(Protocol):
     def allocate(
         self, slot: Slot, shape: tuple[int, ...], dtype: DType, *, is_input: bool, operator: str
     ) -> Allocation: ...
-    def adopt(self, slot: Slot, allocation: Allocation) -> None: ...
-    def discard(self, allocation: Allocation) -> None: ...
+    def adopt(self, slot: Slot, allocation: Any) -> None: ...
+    def discard(self, allocation: Any) -> None: ...
     def store(self, slot: Slot, kind: Kind, value: Any) -> None: ...
     def touch(self, slots: Sequence[Slot]) -> None:
         """Raise the versions of blobs that bound steps have written."""
@@ -317,7 +318,7 @@ def compile_operator(operator: OperatorDef, device_type: str) -> CompiledOperato
 
 
 @contextmanager
-def operator_errors(compiled: CompiledOperator, where: str) -> Iterator[None]:
+def operator_errors(compiled: CompiledOperator, where: str) -> Generator[None]:
     """Turn whatever an operator raises into a typed error that says where it happened."""
     try:
         yield
@@ -409,7 +410,7 @@ class CompiledNet:
         written: dict[str, Slot] = {}
         first = 0
         for position, compiled in enumerate(self._operators):
-            if compiled.implementation.dynamic:
+            if compiled.implementation.is_dynamic(compiled.definition):
                 self._segments.append(_Segment(first, tuple(steps[first:position]), compiled))
                 first = position + 1
             else:
@@ -428,7 +429,7 @@ class CompiledNet:
                         step()
                 except BaseException:
                     # The iterator knows how far it came, so the loop above needs no counter.
-                    position = segment.first + len(segment.steps) - pending.__length_hint__() - 1
+                    position = segment.first + len(segment.steps) - length_hint(pending) - 1
                     with operator_errors(self._operators[position], self._where(position, iteration)):
                         raise
                 if segment.dynamic is not None:

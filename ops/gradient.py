@@ -58,9 +58,7 @@ def _differentiate(operator: OperatorDef, output_gradients: tuple[Gradient | Non
         )
     if policy is GradientPolicy.NO_GRADIENT:
         return GradientResult((), (None,) * len(operator.inputs))
-    result = REGISTRY.makers[operator.type](
-        GradientCall(operator=operator, output_gradients=output_gradients)
-    )
+    result = REGISTRY.makers[operator.type](GradientCall(operator=operator, output_gradients=output_gradients))
     made = tuple(
         replace(
             made,
@@ -164,9 +162,7 @@ class _BackwardPass:
         return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
     def _start_at_one(self, name: str, version: int) -> str:
-        fill = OperatorDef(
-            type="ConstantFill", inputs=(name,), outputs=(f"{name}_autogen_grad",), args={"value": 1.0}
-        )
+        fill = OperatorDef(type="ConstantFill", inputs=(name,), outputs=(f"{name}_autogen_grad",), args={"value": 1.0})
         self.operators.append(fill)
         writer = _Writer(len(self.operators) - 1, 0)
         self._sources[name, version].append(_Source(fill.outputs[0], (writer,), fill))

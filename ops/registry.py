@@ -1,4 +1,4 @@
-"""The registry: operator type × device → implementation, with its schema and its gradient.
+"""The registry: operator type and device → implementation, with its schema and its gradient.
 
 An implementation is a **binder**. It is called with an :class:`~blobspace.ops.execution.OperatorCall`, checks
 shapes and dtypes, asks for its outputs, and returns a **step**: a function without arguments that computes.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Step: TypeAlias = Callable[[], object]
 Binder: TypeAlias = "Callable[[OperatorCall], Step]"
 Gradient: TypeAlias = "str | GradientSlice"
+Dynamic: TypeAlias = bool | Callable[[OperatorDef], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,18 @@ class Implementation:
     Attributes:
         bind: The binder.
         dynamic: The step depends on the *values* of inputs (a shape given as a tensor, say), on the time of the
-            run, or on names in the workspace; it is bound anew at each run.
+            run, or on names in the workspace; it is bound anew at each run. A function of the definition where
+            only some uses of the operator are so.
         is_collective: The step waits for other workspaces.
     """
 
     bind: Binder
-    dynamic: bool = False
+    dynamic: Dynamic = False
     is_collective: bool = False
+
+    def is_dynamic(self, operator: OperatorDef) -> bool:
+        """Whether this use of the operator is to be bound at each run."""
+        return self.dynamic(operator) if callable(self.dynamic) else self.dynamic
 
 
 class GradientPolicy(str, Enum):
@@ -174,7 +180,7 @@ def register_schema(schema: OperatorSchema) -> OperatorSchema:
 
 
 def _register(
-    schema: OperatorSchema | str, devices: Mapping[str, None], *, dynamic: bool, is_collective: bool
+    schema: OperatorSchema | str, devices: Mapping[str, None], *, dynamic: Dynamic, is_collective: bool
 ) -> Callable[[Binder], Binder]:
     if isinstance(schema, OperatorSchema):
         register_schema(schema)
@@ -191,21 +197,21 @@ def _register(
 
 
 def register_operator(
-    schema: OperatorSchema | str, *, dynamic: bool = False, is_collective: bool = False
+    schema: OperatorSchema | str, *, dynamic: Dynamic = False, is_collective: bool = False
 ) -> Callable[[Binder], Binder]:
     """Decorate a binder that serves both devices through ``call.xp`` (NumPy or CuPy)."""
     return _register(schema, {CPU: None, CUDA: None}, dynamic=dynamic, is_collective=is_collective)
 
 
 def register_cpu_operator(
-    schema: OperatorSchema | str, *, dynamic: bool = False, is_collective: bool = False
+    schema: OperatorSchema | str, *, dynamic: Dynamic = False, is_collective: bool = False
 ) -> Callable[[Binder], Binder]:
     """Decorate a binder that serves the CPU. ``schema`` is a schema, or the type of one registered before."""
     return _register(schema, {CPU: None}, dynamic=dynamic, is_collective=is_collective)
 
 
 def register_cuda_operator(
-    schema: OperatorSchema | str, *, dynamic: bool = False, is_collective: bool = False
+    schema: OperatorSchema | str, *, dynamic: Dynamic = False, is_collective: bool = False
 ) -> Callable[[Binder], Binder]:
     """Decorate a binder that serves CUDA. ``schema`` is a schema, or the type of one registered before."""
     return _register(schema, {CUDA: None}, dynamic=dynamic, is_collective=is_collective)

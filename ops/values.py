@@ -103,20 +103,25 @@ def normalize_value(name: str, value: object) -> tuple[Kind, Any]:
         return _normalize_array(name, value)  # type: ignore[arg-type]
     if hasattr(value, "__dlpack__"):
         try:
-            return _normalize_array(name, np.from_dlpack(value))  # type: ignore[arg-type]
-        except (BufferError, RuntimeError, TypeError) as error:
+            array = np.from_dlpack(value)  # type: ignore[arg-type]
+        except (BufferError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInputError(
                 f"Blob {name!r} cannot take this {type(value).__module__}.{type(value).__qualname__} through DLPack: "
                 f"{error}. Convert it to a NumPy array first.",
                 blob=name,
             ) from error
+        return _normalize_array(name, array)
     if isinstance(value, list) and value and all(isinstance(item, (str, bytes)) for item in value):
-        return Kind.STRINGS, string_tensor(value)
+        items = np.empty(len(value), dtype=object)
+        items[:] = value
+        return Kind.STRINGS, _string_array(name, items)
     check_plain(value, where=f"Blob {name!r}")
     return Kind.VALUE, value
 
 
 def _normalize_array(name: str, value: Array) -> tuple[Kind, Array]:
+    if isinstance(value, np.ndarray):
+        value = np.asarray(value)  # a subclass, such as a matrix, would compute by rules of its own
     if value.ndim > _MAX_DIMENSIONS:
         raise InvalidInputError(f"Blob {name!r}: {value.ndim} dimensions; at most {_MAX_DIMENSIONS} are allowed.")
     if value.dtype.kind == "O":
@@ -147,7 +152,13 @@ def _string_array(name: str, value: Array) -> Array:
     flat = out.reshape(-1)
     for position, item in enumerate(value.reshape(-1).tolist()):
         if isinstance(item, str):
-            flat[position] = item.encode("utf-8")
+            try:
+                flat[position] = item.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise InvalidInputError(
+                    f"Blob {name!r}: element {position}, the text {item!r:.60}, is not UTF-8 ({error.reason}).",
+                    blob=name,
+                ) from None
         elif isinstance(item, bytes):
             flat[position] = item
         else:
@@ -205,7 +216,9 @@ def _check_plain(value: object, where: str, depth: int) -> None:
 
 def pack_plain(value: object) -> bytes:
     """Encode a plain value as MessagePack."""
-    return msgpack.packb(value, use_bin_type=True)
+    packed: bytes | None = msgpack.packb(value, use_bin_type=True)
+    assert packed is not None
+    return packed
 
 
 def unpack_plain(data: bytes) -> Any:

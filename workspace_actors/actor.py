@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
 
+from .. import __version__
 from ..ops.definitions import CUDA, NetDef, OperatorDef
 from ..ops.errors import ConflictError, NotFoundError
 from .collectives import RayCollectives
@@ -211,8 +212,9 @@ class WorkspaceActor:
     @ray.method(concurrency_group="inspect")
     def identity(self) -> ActorIdentity:
         """Say where the actor runs and which code it runs."""
-        from .. import __version__
+        return self._identity()
 
+    def _identity(self) -> ActorIdentity:
         return ActorIdentity(
             name=self._options.name,
             node_id=ray.get_runtime_context().get_node_id(),
@@ -246,7 +248,7 @@ class WorkspaceActor:
                 deadline_s=self._options.collective_deadline_s,
             )
         )
-        return self.identity()
+        return self._identity()
 
     @ray.method(concurrency_group="control")
     def hold(self, generation: int, barrier: str, seconds: float) -> int:
@@ -374,7 +376,7 @@ class WorkspaceActor:
             )
 
     @contextlib.contextmanager
-    def _device(self) -> Iterator[None]:
+    def _device(self) -> Generator[None]:
         # CuPy's current device belongs to a thread, and each concurrency group has threads of its own.
         if self._options.device_type != CUDA:
             yield

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 from ..ops.errors import BlobspaceError, ConflictError, DeadlineError, InvalidInputError, WorkspaceLostError
 from ..ops.values import Array
@@ -183,23 +184,19 @@ class RayCollectives:
         """
         if not 0 <= root < self._size:
             raise InvalidInputError(f"Broadcast from rank {root} in a group of {self._size}; expected 0 to one less.")
-        return self._meet(
-            f"Broadcast of {_shapes(arrays)} from rank {root}", arrays if root == self._rank else None
-        )
+        return self._meet(f"Broadcast of {_shapes(arrays)} from rank {root}", arrays if root == self._rank else None)
 
     def _meet(self, what: str, arrays: Sequence[Array] | None) -> list[Array]:
         if self._iteration is None:
             raise ConflictError("The cluster was recovered while this iteration was running; it cannot go on.")
         key = f"{self._iteration}.{self._completed}"
         brought = None if arrays is None else [to_host(array) for array in arrays]
-        reference = self._meeting_point.meet.remote(
-            self._generation, self._rank, key, what, brought, self._deadline_s
-        )
+        reference = self._meeting_point.meet.remote(self._generation, self._rank, key, what, brought, self._deadline_s)
         began = time.monotonic()
         try:
             # The meeting point itself keeps the deadline and names who is missing; the margin is for its death.
             result = ray.get(reference, timeout=self._deadline_s + 30.0)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             raise unwrapped(error, f"the meeting point, after {time.monotonic() - began:.1f} s") from None
         self._completed += 1
         return result

@@ -14,7 +14,7 @@ A coordinator that dies in between must not stop the workspace for ever, so a ho
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ class Gate:
         return self._collective_iterations
 
     @contextmanager
-    def work(self, label: str, *, collective: bool = False) -> Iterator[None]:
+    def work(self, label: str, *, collective: bool = False) -> Generator[None]:
         """Do one piece of work between two possible stops. Blocks while a barrier holds the workspace."""
         with self._changed:
             while self._is_held():
@@ -147,7 +147,7 @@ class Gate:
             return self._hold is not None and self._hold.barrier == barrier
 
     @contextmanager
-    def between_work(self, *, seconds: float) -> Iterator[None]:
+    def between_work(self, *, seconds: float) -> Generator[None]:
         """Keep the workspace between two pieces of work for a moment, without a barrier.
 
         Raises:

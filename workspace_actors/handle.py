@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from ..ops.definitions import NetDef, OperatorDef, operator_def
 from ..ops.errors import BlobspaceError, InvalidInputError
@@ -66,8 +67,7 @@ class WorkspaceHandle:
         self._get("feed_blob", check_name(name), value, copy=copy)
 
     def fetch_blob(self, name: str) -> Any:
-        """Return a blob's value: a NumPy array (read-only, as everything that comes out of Ray), an object array
-        of ``bytes``, or a plain value."""
+        """Return a blob's value: an array (read-only, as all that Ray brings), a string tensor, or a plain value."""
         return self._get("fetch_blob", name)
 
     def peek_blob(self, name: str, *, seconds: float = 5.0) -> Any:
@@ -184,9 +184,9 @@ class WorkspaceHandle:
     def _wait(self, reference: Any) -> Any:
         try:
             return ray.get(reference)
-        except ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             raise self._on_lost(self._name, unwrapped(error, f"workspace {self._name!r}")) from None
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             raise unwrapped(error, f"workspace {self._name!r}") from None
 
     def _actor(self) -> Any:

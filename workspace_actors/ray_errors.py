@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from ..ops.errors import BlobspaceError, DeadlineError, InternalError, WorkspaceLostError
 
@@ -14,14 +14,14 @@ def unwrapped(error: Exception, who: str) -> BlobspaceError:
         error: What Ray raised.
         who: Whom the call was made to, for the text: ``"workspace 'w0'"``.
     """
-    if isinstance(error, ray.exceptions.RayTaskError):
+    if isinstance(error, RayTaskError):
         cause = getattr(error, "cause", None)
         if isinstance(cause, BlobspaceError):
             return cause
         return InternalError(f"A call to {who} failed in a way that blobspace does not expect: {cause!r}.\n{error}")
-    if isinstance(error, ray.exceptions.GetTimeoutError):
+    if isinstance(error, GetTimeoutError):
         return DeadlineError(f"No answer came in time from {who}.", who=who)
-    if isinstance(error, ray.exceptions.RayActorError):
+    if isinstance(error, RayActorError):
         return WorkspaceLostError(
             f"The process of {who} is gone: {first_line(error)} Recover the cluster (cluster.recover()), then resume.",
             who=who,

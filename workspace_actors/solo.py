@@ -17,7 +17,7 @@ class SoloCollectives:
     def __init__(self) -> None:
         self.completed = 0
 
-    def begin_iteration(self, iteration: int) -> None:
+    def begin_iteration(self, iteration: int) -> None:  # noqa: ARG002  (a group of one need not tell them apart)
         """Start counting the collectives of an iteration."""
         self.completed = 0
 

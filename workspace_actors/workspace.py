@@ -10,7 +10,7 @@ import copy
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -473,9 +473,7 @@ class Workspace:
         """Drop all blobs, nets and children of this workspace; its generator starts anew. The parent stays."""
         with self._mutating("reset"):
             self._clear()
-            self._set_up(
-                self._name, path=self._path, parent=self._parent, process=self._process, seed=self._seed
-            )
+            self._set_up(self._name, path=self._path, parent=self._parent, process=self._process, seed=self._seed)
 
     # --- operators and nets --------------------------------------------------------------------------------
 
@@ -518,7 +516,7 @@ class Workspace:
         with self._mutating(f"create_net({definition.name!r})"):
             if definition.name in self._nets and not overwrite:
                 raise ConflictError(
-                    f"Workspace {self.name!r} has a net {definition.name!r} already. Pass overwrite=True to replace it.",
+                    f"Workspace {self.name!r} has a net {definition.name!r} already; overwrite=True replaces it.",
                     net=definition.name,
                     workspace=self.name,
                 )
@@ -558,7 +556,7 @@ class Workspace:
                 net.run_iteration(iteration)
 
     @contextmanager
-    def _iteration(self, label: str, *, collective_count: int) -> Iterator[None]:
+    def _iteration(self, label: str, *, collective_count: int) -> Generator[None]:
         gate, collectives = self._process.gate, self._process.collectives
         with gate.work(label, collective=collective_count > 0):
             if not collective_count:
@@ -623,9 +621,7 @@ class Workspace:
             if child is None:
                 child = Workspace.__new__(Workspace)
                 inner = f"{workspace._path}/{part}" if workspace._path else part
-                child._set_up(
-                    self._name, path=inner, parent=workspace, process=self._process, seed=self._seed
-                )
+                child._set_up(self._name, path=inner, parent=workspace, process=self._process, seed=self._seed)
                 with self._process.table:
                     workspace._children[part] = child
                     self._names_changed()
@@ -714,9 +710,7 @@ class Workspace:
                 self._process.pool.lease(buffer)
             self._process.binding_epoch += 1
             nets = tuple(
-                {"scope": workspace._path, "net": compiled.net}
-                for workspace in self._family()
-                for compiled in workspace._nets.values()
+                (workspace._path, compiled.net) for workspace in self._family() for compiled in workspace._nets.values()
             )
             state = {
                 "generators": {workspace._path: _generator_state(workspace._generator) for workspace in self._family()},
@@ -737,7 +731,7 @@ class Workspace:
                     )
                     for scope, name, kind, array, value, version in frozen
                 ),
-                nets=tuple({"scope": net["scope"], "net": net["net"].to_plain()} for net in nets),
+                nets=tuple({"scope": scope, "net": net.to_plain()} for scope, net in nets),
                 state=state,
             )
 
@@ -745,7 +739,7 @@ class Workspace:
 
     def stage(self) -> Stage:
         """Return a place to read a snapshot's arrays into before they replace what the workspace holds."""
-        return Stage(self)
+        return Stage(self.xp, self._process.pool, self._fresh)
 
     def restore(self, snapshot: WorkspaceSnapshot, stage: Stage, *, is_held: bool = False) -> None:
         """Become what a snapshot says: blobs, nets, children, generators. What was there before is dropped.
@@ -794,7 +788,7 @@ class Workspace:
     # --- inside --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _mutating(self, label: str) -> Iterator[None]:
+    def _mutating(self, label: str) -> Generator[None]:
         process = self._process
         with process.compute:
             process.nesting += 1
@@ -836,9 +830,7 @@ class Workspace:
         old = blob.array
         if blob.buffer is not None and blob.buffer is not allocation.buffer:
             self._process.pool.disown(blob.buffer)
-        changes_spec = (
-            old is None or old.shape != allocation.array.shape or old.dtype != allocation.array.dtype
-        )
+        changes_spec = old is None or old.shape != allocation.array.shape or old.dtype != allocation.array.dtype
         blob.kind = Kind.TENSOR
         blob.value = None
         blob.array = allocation.array
@@ -900,9 +892,10 @@ class Workspace:
 class Stage:
     """Memory of a workspace's pool that a snapshot is read into, before any of it is visible."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        self._pool = workspace._process.pool
+    def __init__(self, xp: Any, pool: BufferPool, fresh: Callable[..., BlobAllocation]) -> None:
+        self._xp = xp
+        self._pool = pool
+        self._fresh = fresh
         self._allocations: dict[int, BlobAllocation] = {}
         self._on_host: dict[int, Array] = {}
 
@@ -912,7 +905,7 @@ class Stage:
         Raises:
             MemoryLimitError: The workspace's limit does not leave room for a second copy of its blobs.
         """
-        allocation = self._workspace._fresh(tuple(shape), dtype, wanted_by="restore", blob="(a checkpoint's)")
+        allocation = self._fresh(tuple(shape), dtype, wanted_by="restore", blob="(a checkpoint's)")
         array = allocation.array
         if not isinstance(array, np.ndarray):
             array = np.empty(shape, dtype)
@@ -927,7 +920,7 @@ class Stage:
         if allocation is None:
             raise InternalError("A restored array did not come from the stage that it was read into.")
         if allocation.array is not array:
-            allocation.array[...] = self._workspace.xp.asarray(array)
+            allocation.array[...] = self._xp.asarray(array)
         del self._on_host[id(array)]
         return allocation
 
@@ -1000,5 +993,3 @@ def _generator_from(plain: Mapping[str, Any]) -> np.random.Generator:
         "uinteger": plain["uinteger"],
     }
     return np.random.Generator(bits)
-
-
