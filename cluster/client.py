@@ -26,7 +26,7 @@ from ..workspace_actors.ray_errors import unwrapped
 from ..workspace_actors.workspace import BlobSpec, check_workspace_name
 from .checkpoint import CheckpointSummary, LocalStore, list_checkpoints
 from .config import ClusterConfig, load_config, make_config
-from .coordinator import NAMESPACE, CoordinatorActor, coordinator_name, named_actors
+from .coordinator import HEAD_ONLY, NAMESPACE, CoordinatorActor, coordinator_name, named_actors
 from .messages import CheckpointReport, ClusterView, NamesUpdate, RestoreReport
 
 _ANSWER_S = 5.0
@@ -81,7 +81,13 @@ class Cluster:
                 f"end it (blobspace down), or launch under another name.",
                 cluster=checked.name,
             )
-        options: dict[str, Any] = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 1000}
+        options: dict[str, Any] = {
+            "name": name,
+            "namespace": NAMESPACE,
+            "num_cpus": 0,
+            "resources": HEAD_ONLY,
+            "max_concurrency": 1000,
+        }
         if detached:
             options |= {"lifetime": "detached", "max_restarts": -1}
         try:
@@ -420,7 +426,7 @@ def connect(*, may_start: bool, log_level: int = logging.INFO) -> None:
             logging_level=log_level,
         )
     except (AuthenticationError, ConnectionError) as error:
-        if isinstance(error, ConnectionError) and not address:
+        if address in ("", "auto") and "Could not find any running Ray" in str(error):
             raise _no_ray("No Ray is running on this machine") from None
         raise InvalidInputError(
             f"Ray at {address or 'this machine'} answers but refuses this process; it seems to demand a token. Set "

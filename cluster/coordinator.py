@@ -41,6 +41,9 @@ from .protocol_run import ProtocolRun
 from .snapshot_io import CheckpointLoader, CheckpointWriter
 
 NAMESPACE = "blobspace"
+# Ray's own mark of the head node. What holds a cluster together lives there: a lost worker node then never takes
+# the coordinator along, and a lost head takes all of Ray along anyway.
+HEAD_ONLY = {"node:__internal_head__": 0.001}
 _PROBE_S = 10.0
 
 
@@ -149,6 +152,7 @@ class CoordinatorActor:
             checkpoint_root=self._config.checkpoint_root,
             last_committed_step=None if self._last_committed is None else self._last_committed[1],
             code_version=__version__,
+            operation=self._operation,
         )
 
     async def _make_all(self) -> None:
@@ -195,7 +199,7 @@ class CoordinatorActor:
                 self._last_committed = (self._config.checkpoint_root, readable[-1].step)
 
     def _make_meeting_point(self) -> Any:
-        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
+        options: dict[str, Any] = {"num_cpus": 0, "resources": HEAD_ONLY, "max_concurrency": 1000}
         if self._is_detached:
             # Its name carries the generation: an older coordinator's meeting point is never met by accident.
             options |= {
@@ -507,9 +511,10 @@ class CoordinatorActor:
             self._check_same_shape(manifest)
             await self._notice_losses()
             lost = [name for name, member in self._members.items() if not member.view.is_alive]
+            if lost:
+                check_feasible([self._request(name) for name in self._members], live_nodes())
             self._generation += 1
             if lost:
-                check_feasible([self._request(name) for name in lost], live_nodes())
                 for name in lost:
                     self._forget(self._members[name])
                 await self._make(lost)

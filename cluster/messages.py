@@ -44,6 +44,7 @@ class ClusterView:
         checkpoint_root: The configured root, or None.
         last_committed_step: The newest checkpoint that this coordinator knows of, or None.
         code_version: The blobspace that the coordinator runs.
+        operation: What keeps the cluster busy (a checkpoint, a restore, a recovery), or None.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ClusterView:
     checkpoint_root: str | None
     last_committed_step: int | None
     code_version: str
+    operation: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,9 @@ class Gate:
         self._changed = threading.Condition()
         self._hold: _Hold | None = None
         self._running: str | None = None
+        self._visitors = 0
         self._collective_iterations = 0
+        self._looking = 0
 
     @property
     def collective_iterations(self) -> int:
@@ -53,9 +55,10 @@ class Gate:
     def work(self, label: str, *, collective: bool = False) -> Generator[None]:
         """Do one piece of work between two possible stops. Blocks while a barrier holds the workspace."""
         with self._changed:
-            while self._is_held():
-                assert self._hold is not None
-                self._changed.wait(self._hold.ends_at - self._clock())
+            # Who waits for a moment between two pieces of work gets the next one; iterations that follow each other
+            # at once would never leave it open long enough.
+            while self._is_held() or self._looking:
+                self._changed.wait(None if self._hold is None else self._hold.ends_at - self._clock())
             self._running = label
             self._collective_iterations += collective
         try:
@@ -113,23 +116,25 @@ class Gate:
                 lambda: self._hold is not hold or (self._running is None and self._is_held()),
                 timeout=hold.ends_at - self._clock(),
             )
-            if not stopped:
+            if stopped and self._hold is hold:
+                return
+            if self._hold is not hold and self._clock() < hold.ends_at:
+                raise self._lost(barrier)
+            if self._hold is hold:
                 self._hold = None
                 self._changed.notify_all()
-                if self._running is None:
-                    found = (
-                        f"it has started {self._collective_iterations} collective iteration(s), others {target}, and "
-                        f"nobody has asked it to run the next one"
-                    )
-                else:
-                    found = f"it is still in {self._running}"
-                raise DeadlineError(
-                    f"Workspace {self._workspace!r} did not stop for barrier {barrier!r} in time: {found}. Give the "
-                    f"checkpoint a longer deadline, or run the net on all workspaces that meet in its collectives.",
-                    workspace=self._workspace,
+            if self._running is None:
+                found = (
+                    f"it has started {self._collective_iterations} collective iteration(s), others {target}, and "
+                    f"nobody has asked it to run the next one"
                 )
-            if self._hold is not hold:
-                raise self._lost(barrier)
+            else:
+                found = f"it is still in {self._running}"
+            raise DeadlineError(
+                f"Workspace {self._workspace!r} did not stop for barrier {barrier!r} in time: {found}. Give the "
+                f"checkpoint a longer deadline, or run the net on all workspaces that meet in its collectives.",
+                workspace=self._workspace,
+            )
 
     def resume(self, barrier: str) -> bool:
         """End a hold; return whether there was one of that name."""
@@ -154,13 +159,18 @@ class Gate:
             DeadlineError: The piece of work that runs did not end in time.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._running is None, timeout=seconds):
-                raise DeadlineError(
-                    f"Workspace {self._workspace!r} did not come to an iteration boundary within {seconds:g} s: it "
-                    f"is in {self._running}.",
-                    workspace=self._workspace,
-                )
-            yield
+            self._looking += 1
+            try:
+                if not self._changed.wait_for(lambda: self._running is None, timeout=seconds):
+                    raise DeadlineError(
+                        f"Workspace {self._workspace!r} did not come to an iteration boundary within {seconds:g} s: it "
+                        f"is in {self._running}.",
+                        workspace=self._workspace,
+                    )
+                yield
+            finally:
+                self._looking -= 1
+                self._changed.notify_all()
 
     def _is_held(self) -> bool:
         hold = self._hold

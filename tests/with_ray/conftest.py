@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import Launch
 
 from blobspace.cluster import Cluster
-
-Launch = Callable[..., Cluster]
 
 
 @pytest.fixture(scope="session")
