@@ -88,6 +88,7 @@ class ClusterConfig(_Strict):
         placement_deadline_s: How long to wait for Ray to start the workspaces.
         checkpoint_deadline_s: How long a checkpoint or a restore may take.
         collective_deadline_s: How long a collective waits for the last member.
+        modules: Python modules that every workspace imports when it starts; they register your own operators.
         workspaces: The groups.
     """
 
@@ -97,6 +98,7 @@ class ClusterConfig(_Strict):
     placement_deadline_s: Annotated[float, Field(gt=0)] = 60.0
     checkpoint_deadline_s: Annotated[float, Field(gt=0)] = 600.0
     collective_deadline_s: Annotated[float, Field(gt=0)] = 300.0
+    modules: list[str] = []
     workspaces: Annotated[list[WorkspaceGroup], Field(min_length=1)]
 
     @model_validator(mode="after")

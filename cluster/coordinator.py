@@ -97,6 +97,10 @@ class CoordinatorActor:
         self._run: ProtocolRun | None = None
         self._last_committed: tuple[str, int] | None = None
         self._is_ready = False
+        context = ray.get_runtime_context()
+        if context.was_current_actor_reconstructed:
+            # Nobody may call for a while, and an old barrier of its predecessor may hold the workspaces.
+            context.current_actor.start.remote()
 
     def __repr__(self) -> str:
         return f"Coordinator({self._config.name})"
@@ -277,6 +281,7 @@ class CoordinatorActor:
                 rank=names.index(name),
                 size=len(names),
                 collective_deadline_s=self._config.collective_deadline_s,
+                modules=tuple(self._config.modules),
             )
         )
 

@@ -115,7 +115,9 @@ class Operation:
             return []
         if isinstance(error, WorkspaceLostError):
             return self.lost(workspace, error, now)
-        error.add_context(f"Workspace {workspace!r}, while the {self.WHAT} was to {phase}.")
+        error.add_context(
+            f"Workspace {workspace!r}, while the {self.WHAT} was to {phase}. {self._state_after_failure()}"
+        )
         return self._give_up(error)
 
     def lost(self, workspace: str, error: BlobspaceError, now: float) -> list[Action]:

@@ -26,7 +26,7 @@ from .definitions import NetDef, OperatorDef
 from .dtypes import DType
 from .errors import BlobspaceError, InternalError, InvalidInputError, NotFoundError
 from .registry import REGISTRY, Implementation, Step
-from .values import Array, Kind
+from .values import Array, Kind, check_plain
 
 
 class Slot(Protocol):
@@ -166,10 +166,12 @@ class OperatorCall:
 
     @property
     def input_count(self) -> int:
+        """How many inputs the operator was given."""
         return len(self._inputs)
 
     @property
     def output_count(self) -> int:
+        """How many outputs the operator was given."""
         return len(self._outputs)
 
     def input(self, index: int) -> Array:
@@ -235,6 +237,7 @@ class OperatorCall:
 
     def set_value(self, index: int, value: Any) -> None:
         """Store a plain value in output ``index``. Call it from the step."""
+        check_plain(value, where=f"Operator {self.definition}: output {index} (blob {self._outputs[index].name!r})")
         self.environment.store(self._outputs[index], Kind.VALUE, value)
 
     def generator(self) -> np.random.Generator:
@@ -260,7 +263,11 @@ class OperatorCall:
             self.environment.adopt(self._outputs[index], allocation)
 
     def abandon(self) -> None:
-        """Give back what was allocated for outputs; the blobs stay as they were."""
+        """Give back what was allocated for outputs; the blobs stay as they were.
+
+        A step that failed half-way may have written to a buffer that its blob still shows, so versions are raised.
+        """
+        self.environment.touch([self._outputs[index] for index in self._pending])
         while self._pending:
             self.environment.discard(self._pending.popitem()[1])
 

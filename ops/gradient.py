@@ -91,6 +91,8 @@ def add_gradient_operators(
     """
     if isinstance(ys, str) or not isinstance(ys, (Sequence, Mapping)):
         raise InvalidInputError(f"ys should be a list or a dict of blob names; found {ys!r:.80}.")
+    if skip < 0:
+        raise InvalidInputError(f"skip is a count of operators, at least 0; found {skip}.")
     starts = dict(ys) if isinstance(ys, Mapping) else dict.fromkeys(ys)
     backward = _BackwardPass(net.operators)
     gradients = backward.run(starts, skip)

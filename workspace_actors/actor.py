@@ -13,6 +13,7 @@ Groups (each call of a group runs in its own threads, so one group never waits f
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import threading
 from collections.abc import Callable, Generator
@@ -23,7 +24,7 @@ import ray
 
 from .. import __version__
 from ..ops.definitions import CUDA, NetDef, OperatorDef
-from ..ops.errors import ConflictError, NotFoundError
+from ..ops.errors import ConflictError, InvalidInputError, NotFoundError
 from .collectives import RayCollectives
 from .memory import MemoryStatistics
 from .packed_names import pack_names
@@ -48,6 +49,7 @@ class ActorOptions:
         rank: The workspace's place among the members.
         size: How many members there are.
         collective_deadline_s: How long a collective waits for the last member.
+        modules: Python modules to import first; they register a user's own operators.
     """
 
     name: str
@@ -59,6 +61,7 @@ class ActorOptions:
     rank: int
     size: int
     collective_deadline_s: float
+    modules: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,9 @@ class WorkspaceActor:
     """One process that owns a workspace. Made by the coordinator; users hold a :class:`WorkspaceHandle`."""
 
     def __init__(self, options: ActorOptions) -> None:
-        self._options = options
+        self._options = options  # first, since Ray asks for the repr also where the rest of this fails
+        for module in options.modules:
+            _import(module)
         self._generation = options.generation
         self._workspace = Workspace(
             options.name,
@@ -239,6 +244,7 @@ class WorkspaceActor:
         # What an older coordinator left behind: nobody will write or apply it any more.
         for barrier in [*self._frozen, *self._staged]:
             self._let_go(barrier)
+        self._workspace.gate.lift()
         self._workspace.set_collectives(
             RayCollectives(
                 meeting_point,
@@ -390,6 +396,17 @@ class _Staged:
     stage: Stage | None
     snapshot: WorkspaceSnapshot | None
     loader: SnapshotLoader
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise InvalidInputError(
+            f"The configured module {module!r} cannot be imported where the workspace runs: {error}. Ship it with the "
+            f"job (ray job submit --working-dir .), or install it on every node.",
+            module=module,
+        ) from error
 
 
 def _collectives(options: ActorOptions) -> RayCollectives | None:

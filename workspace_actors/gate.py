@@ -145,6 +145,12 @@ class Gate:
             self._changed.notify_all()
             return True
 
+    def lift(self) -> None:
+        """End whatever hold there is; its coordinator has been replaced."""
+        with self._changed:
+            self._hold = None
+            self._changed.notify_all()
+
     def holds(self, barrier: str) -> bool:
         """Whether that barrier holds the workspace still."""
         with self._changed:

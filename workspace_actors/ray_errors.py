@@ -22,6 +22,9 @@ def unwrapped(error: Exception, who: str) -> BlobspaceError:
     if isinstance(error, GetTimeoutError):
         return DeadlineError(f"No answer came in time from {who}.", who=who)
     if isinstance(error, RayActorError):
+        if error.args and isinstance(error.args[0], RayTaskError):
+            # The actor never came to life: what its constructor raised says why.
+            return unwrapped(error.args[0], who)
         return WorkspaceLostError(
             f"The process of {who} is gone: {first_line(error)} Recover the cluster (cluster.recover()), then resume.",
             who=who,

@@ -20,7 +20,14 @@ import xxhash
 
 from ..ops.definitions import CPU, NetDef, OperatorDef, operator_def
 from ..ops.dtypes import DType
-from ..ops.errors import ConflictError, InternalError, InvalidInputError, MemoryLimitError, NotFoundError
+from ..ops.errors import (
+    BlobspaceError,
+    ConflictError,
+    InternalError,
+    InvalidInputError,
+    MemoryLimitError,
+    NotFoundError,
+)
 from ..ops.execution import (
     Collectives,
     CompiledNet,
@@ -336,6 +343,8 @@ class Workspace:
         with self._process.table:
             changes_spec = blob.kind is not kind or (kind is Kind.STRINGS and blob.value.shape != value.shape)
             self._drop_buffer(blob)
+            if blob.kind is not kind:
+                self._process.binding_epoch += 1  # bound steps may know the kind
             blob.kind = kind
             blob.value = value
             blob.version += 1
@@ -384,6 +393,13 @@ class Workspace:
 
     def _feed_tensor(self, blob: Blob, value: Array, *, copy: bool) -> None:
         xp = self._process.xp
+        if xp is not np and value.dtype.kind == "V":
+            raise InvalidInputError(
+                f"Blob {blob.name!r} cannot hold {value.dtype.name} on CUDA: CuPy has no such element type. Feed it to a "
+                f"CPU workspace, or cast it to float16 or float32 first.",
+                blob=blob.name,
+                found=value.dtype.name,
+            )
         if not copy and isinstance(value, xp.ndarray) and value.flags.c_contiguous:
             view = value.view()
             if xp is np:
@@ -406,8 +422,20 @@ class Workspace:
         Raises:
             NotFoundError: There is no such blob, or it is uninitialised.
         """
-        with self._process.compute:
-            return _fetched(self._initialized(name))
+        process = self._process
+        with process.compute:
+            # A restore may replace the blob meanwhile: it runs under a barrier, not under the compute lock. No step
+            # can run meanwhile, so bound nets need not know of this lease.
+            with process.table:
+                blob = self._initialized(name)
+                array, buffer = blob.array, blob.buffer
+                if buffer is None:
+                    return _fetched(blob)
+                process.pool.lease(buffer)
+            try:
+                return to_host(array)
+            finally:
+                process.pool.release(buffer)
 
     def peek_blob(self, name: str, *, seconds: float = 5.0) -> Any:
         """Return a copy of a blob's value while a net may be running, as of the next iteration boundary.
@@ -456,6 +484,7 @@ class Workspace:
         with self._mutating(f"reset_blob({name!r})"), self._process.table:
             blob = self._existing(name)
             self._drop_buffer(blob)
+            self._process.binding_epoch += 1
             blob.kind = Kind.UNINITIALIZED
             blob.value = None
             blob.version += 1
@@ -613,14 +642,14 @@ class Workspace:
             workspace = found
         return workspace
 
-    def _made_child(self, path: str) -> Workspace:
+    def _made_child(self, path: str, known: Mapping[str, Workspace] | None = None) -> Workspace:
         parts = [check_workspace_name(part) for part in path.split("/")] if path else []
         workspace = self
         for part in parts:
             child = workspace._children.get(part)
             if child is None:
-                child = Workspace.__new__(Workspace)
                 inner = f"{workspace._path}/{part}" if workspace._path else part
+                child = (known or {}).get(inner) or Workspace.__new__(Workspace)
                 child._set_up(self._name, path=inner, parent=workspace, process=self._process, seed=self._seed)
                 with self._process.table:
                     workspace._children[part] = child
@@ -635,14 +664,20 @@ class Workspace:
     def remove_child(self, name: str) -> None:
         """Remove a child workspace with its blobs, nets and children; this workspace's blobs stay.
 
+        Args:
+            name: The child's name, or the path of a child's child.
+
         Raises:
             NotFoundError: There is no such child.
         """
         with self._mutating(f"remove_child({name!r})"):
             child = self.child(name)
+            parent = child._parent
+            if child is self or parent is None:
+                raise NotFoundError(f"Workspace {self.name!r} is no child of itself.", workspace=self.name, child=name)
             with self._process.table:
                 child._clear()
-                del self._children[name]
+                del parent._children[name.rpartition("/")[2]]
 
     def _family(self) -> Iterator[Workspace]:
         yield self
@@ -753,26 +788,37 @@ class Workspace:
         Raises:
             InvalidInputError: The snapshot's nets or values do not fit this workspace; nothing has changed.
         """
-        plain = [_unpacked(blob) for blob in snapshot.blobs]
-        nets = [(str(net["scope"]), NetDef.from_plain(net["net"])) for net in snapshot.nets]
+        try:
+            _check_blobs(snapshot, stage)
+            plain = [_unpacked(blob) for blob in snapshot.blobs]
+            nets = [(_checked_scope(net["scope"]), NetDef.from_plain(net["net"])) for net in snapshot.nets]
+            states: Mapping[str, Any] = snapshot.state.get("generators", {})
+            generators = {_checked_scope(path): _generator_from(state) for path, state in states.items()}
+        except BlobspaceError:
+            raise
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise InvalidInputError(
+                f"Workspace {self.name!r} cannot become what this snapshot says, and is as it was: {error!r}.",
+                workspace=self.name,
+            ) from error
         for _, net in nets:
             for operator in net.operators:
                 compile_operator(operator, self.device_type)
-        states: Mapping[str, Any] = snapshot.state.get("generators", {})
-        generators = {path: _generator_from(state) for path, state in states.items()}
         with nullcontext() if is_held else self._mutating("restore"), self._process.table:
+            # A child that comes back is the same object, so that work which waits at the gate finds its new content.
+            known = {workspace._path: workspace for workspace in self._family()}
             self._clear()
             for path, generator in generators.items():
-                self._made_child(path)._generator = generator
+                self._made_child(path, known)._generator = generator
             for blob, value in zip(snapshot.blobs, plain, strict=True):
-                self._made_child(blob.scope)._put(blob, value, stage)
+                self._made_child(blob.scope, known)._put(blob, value, stage)
             for path, net in nets:
-                workspace = self._made_child(path)
+                workspace = self._made_child(path, known)
                 workspace._nets[net.name] = CompiledNet(net, workspace, is_restored=True)
         stage.discard()
 
     def _put(self, blob: BlobSnapshot, value: Any, stage: Stage) -> None:
-        restored = Blob(check_name(blob.name))
+        restored = Blob(blob.name)
         self._blobs[blob.name] = restored
         if blob.array is not None:
             self.adopt(restored, stage.take(blob.array))
@@ -849,12 +895,12 @@ class Workspace:
 
     def _clear(self) -> None:
         with self._process.table:
-            for workspace in self._family():
+            for workspace in list(self._family()):
                 for blob in workspace._blobs.values():
                     self._drop_buffer(blob)
                 workspace._blobs = {}
                 workspace._nets = {}
-            self._children = {}
+                workspace._children = {}
             self._names_changed()
             self._process.binding_epoch += 1
 
@@ -914,6 +960,10 @@ class Stage:
         self._on_host[id(array)] = array
         return array
 
+    def holds(self, array: Array) -> bool:
+        """Whether this is one of the stage's arrays, not taken yet."""
+        return id(array) in self._allocations
+
     def take(self, array: Array) -> BlobAllocation:
         """Return the allocation behind a filled array; it is the blob's from now on."""
         allocation = self._allocations.pop(id(array), None)
@@ -963,7 +1013,25 @@ def _payload(kind: Kind, value: Any) -> bytes | None:
     return pack_plain(value) if kind is Kind.VALUE else None
 
 
+def _check_blobs(snapshot: WorkspaceSnapshot, stage: Stage) -> None:
+    names = {(_checked_scope(blob.scope), check_name(blob.name)) for blob in snapshot.blobs}
+    if len(names) < len(snapshot.blobs):
+        raise ValueError("a blob is there twice")
+    arrays = [blob.array for blob in snapshot.blobs if blob.array is not None]
+    if len({id(array) for array in arrays}) < len(arrays) or not all(map(stage.holds, arrays)):
+        raise ValueError("an array does not come from the stage, or is there twice")
+
+
+def _checked_scope(path: str) -> str:
+    for part in path.split("/") if path != "" else ():
+        check_workspace_name(part)
+    return path
+
+
 def _unpacked(blob: BlobSnapshot) -> Any:
+    has_payload = blob.kind in (Kind.STRINGS, Kind.VALUE)
+    if (blob.array is not None) != (blob.kind is Kind.TENSOR) or (blob.payload is not None) != has_payload:
+        raise ValueError(f"blob {blob.name!r} does not have what a blob of kind {blob.kind.value} has")
     if blob.payload is None:
         return None
     return unpack_strings(blob.payload) if blob.kind is Kind.STRINGS else unpack_plain(blob.payload)

@@ -15,6 +15,7 @@ from support import Launch, content, prepare, wait_until
 
 from blobspace.cluster import Cluster, clusters
 from blobspace.ops import Net, NotFoundError, WorkspaceLostError
+from blobspace.workspace_actors import WorkspaceHandle
 from blobspace.workspace_actors.ray_errors import unwrapped
 
 
@@ -22,6 +23,15 @@ def kill(cluster: Cluster, name: str) -> int:
     member = next(member for member in cluster.view().members if member.name == name)
     os.kill(member.pid, signal.SIGKILL)
     return member.pid
+
+
+def long_net(workspace: WorkspaceHandle) -> None:
+    """Create a net whose one iteration lasts some seconds."""
+    workspace.feed_blob("a", np.ones((1500, 1500), np.float32))
+    net = Net("long")
+    for _ in range(60):
+        net.MatMul(["a", "a"], "b")
+    workspace.create_net(net)
 
 
 def test_a_killed_workspace_is_named_and_recovery_is_bit_identical(launch: Launch) -> None:
@@ -81,13 +91,8 @@ def test_recovery_with_nobody_lost_takes_all_back(launch: Launch) -> None:
 
 def test_a_workspace_killed_while_it_is_to_freeze_fails_the_checkpoint_by_name(launch: Launch) -> None:
     cluster = launch(2)
-    w = cluster.workspaces["w1"]
-    w.feed_blob("a", np.ones((1500, 1500), np.float32))
-    net = Net("long")
-    for _ in range(400):
-        net.MatMul(["a", "a"], "b")
-    w.create_net(net)
-    w.submit("run_net", "long")
+    long_net(cluster.workspaces["w1"])
+    cluster.workspaces["w1"].submit("run_net", "long")
     saving = cluster._coordinator.checkpoint.remote(1, cluster.view().checkpoint_root, {}, False, 60.0)
     held = cluster.workspaces["w0"].submit("feed_blob", "x", 1)
     assert ray.wait([held], timeout=1.0)[0] == [], "w0 should be held by the barrier"
@@ -121,6 +126,22 @@ def test_a_restarted_coordinator_takes_over_the_workspaces_that_live(launch: Lau
     after.checkpoint(5)
     after.restore(3)
     assert after.workspaces["w0"].fetch_blob("it").tolist() == [3]
+
+
+def test_a_coordinator_killed_in_a_barrier_does_not_leave_workspaces_standing_still(launch: Launch) -> None:
+    cluster = launch(2, detached=True)
+    long_net(cluster.workspaces["w1"])
+    running = cluster.workspaces["w1"].submit("run_net", "long")
+    saving = cluster._coordinator.checkpoint.remote(1, cluster.view().checkpoint_root, {}, False, 600.0)
+    held = cluster.workspaces["w0"].submit("feed_blob", "x", 1)
+    assert ray.wait([held], timeout=1.0)[0] == [], "w0 should be held by the barrier"
+    ray.kill(cluster._coordinator, no_restart=False)
+    with pytest.raises(ray.exceptions.RayError):
+        ray.get(saving, timeout=30)
+    ray.get(held, timeout=60)
+    ray.get(running, timeout=60)
+    assert cluster.checkpoints() == []
+    Cluster.attach(cluster.name).checkpoint(2)
 
 
 def test_a_detached_cluster_outlives_its_killed_driver_and_an_attached_one_does_not(
