@@ -147,6 +147,7 @@ class BufferPool:
                 return None
             self._count(array.nbytes)
             self._external += array.nbytes
+            self._trim((self.limit_bytes or self._used + self._pooled) - self._used)
         buffer = Buffer(None, array.nbytes, is_external=True)
         buffer.array = array
         return buffer
