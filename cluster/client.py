@@ -20,10 +20,11 @@ from ..ops.definitions import NetDef
 from ..ops.errors import BlobspaceError, ConflictError, InvalidInputError, NotFoundError, WorkspaceLostError
 from ..ops.net import Net
 from ..ops.values import check_plain
+from ..workspace_actors.blob import BlobSpec
 from ..workspace_actors.handle import WorkspaceHandle
+from ..workspace_actors.names import check_workspace_name
 from ..workspace_actors.packed_names import unpack_names
 from ..workspace_actors.ray_errors import unwrapped
-from ..workspace_actors.workspace import BlobSpec, check_workspace_name
 from .checkpoint import CheckpointSummary, LocalStore, list_checkpoints
 from .config import ClusterConfig, load_config, make_config
 from .coordinator import HEAD_ONLY, NAMESPACE, CoordinatorActor, coordinator_name, named_actors

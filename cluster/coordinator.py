@@ -29,9 +29,9 @@ from ..ops.errors import (
     WorkspaceLostError,
 )
 from ..workspace_actors.actor import CONCURRENCY_GROUPS, ActorIdentity, ActorOptions, WorkspaceActor
+from ..workspace_actors.blob import BlobSpec
 from ..workspace_actors.collectives import MeetingPoint
 from ..workspace_actors.ray_errors import first_line, unwrapped
-from ..workspace_actors.workspace import BlobSpec
 from .checkpoint import LocalStore, Manifest, commit, list_checkpoints, make_manifest, read_manifest
 from .config import ClusterConfig
 from .messages import CheckpointReport, ClusterView, MemberView, NamesUpdate, RestoreReport

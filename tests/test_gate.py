@@ -282,3 +282,13 @@ def wait_until_somebody_waits(gate: Gate) -> None:
                 return
         moment.wait(0.005)
     raise AssertionError("nobody waits")
+
+
+def test_an_iteration_given_up_during_a_barrier_is_not_waited_for(clock: Clock) -> None:
+    gate = Gate("w", clock)
+    with gate.work("net", collective=True):
+        assert gate.hold("b", seconds=10) == 1
+        gate.give_up_iteration(1)
+    # All members have given it up, so the greatest count that was answered is never reached again.
+    gate.wait_stopped("b", target=1)
+    assert gate.holds("b")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .blob import BlobSpec
 from .memory import MemoryStatistics
+from .names import check_workspace_name
 from .snapshot import BlobSnapshot, WorkspaceSnapshot
-from .workspace import BlobSpec, Workspace, check_workspace_name
+from .workspace import Workspace
 
 if TYPE_CHECKING:
     from .actor import WorkspaceActor

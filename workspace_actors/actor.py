@@ -25,11 +25,13 @@ import ray
 from .. import __version__
 from ..ops.definitions import CUDA, NetDef, OperatorDef
 from ..ops.errors import ConflictError, InvalidInputError, NotFoundError
+from .blob import BlobSpec
 from .collectives import RayCollectives
+from .freezing import FrozenWorkspace, Stage
 from .memory import MemoryStatistics
 from .packed_names import pack_names
 from .snapshot import WorkspaceSnapshot
-from .workspace import BlobSpec, FrozenWorkspace, Stage, Workspace
+from .workspace import Workspace
 
 CONCURRENCY_GROUPS = {"inspect": 2, "control": 2, "checkpoint": 2, "watch": 1}
 _WATCH_S = 10.0 * 365 * 86400

@@ -26,6 +26,7 @@ class _Hold:
     barrier: str
     ends_at: float
     target: int | None = None
+    given_up: int = 0
 
 
 class Gate:
@@ -79,6 +80,9 @@ class Gate:
         with self._changed:
             if self._collective_iterations == started:
                 self._collective_iterations -= 1
+                if self._hold is not None:
+                    # The barrier's target counts it still; nobody will run it again to get there.
+                    self._hold.given_up += 1
 
     def reset_iterations(self) -> None:
         """Count collective iterations from 0 again, as all members do when their group is made anew."""
@@ -185,7 +189,7 @@ class Gate:
         if self._clock() >= hold.ends_at:
             self._hold = None
             return False
-        return hold.target is None or self._collective_iterations >= hold.target
+        return hold.target is None or self._collective_iterations + hold.given_up >= hold.target
 
     def _check(self, barrier: str) -> _Hold:
         if self._hold is None or self._hold.barrier != barrier:

@@ -13,8 +13,8 @@ from ..ops.errors import BlobspaceError, InvalidInputError
 from ..ops.net import Net
 from ..ops.values import check_name
 from .memory import MemoryStatistics
+from .names import check_workspace_name
 from .ray_errors import unwrapped
-from .workspace import check_workspace_name
 
 
 class WorkspaceHandle:

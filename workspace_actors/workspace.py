@@ -6,13 +6,10 @@ Listing, specs and statistics take only the table lock, for a moment, and so ans
 
 from __future__ import annotations
 
-import copy
-import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,109 +17,22 @@ import xxhash
 
 from ..ops.definitions import CPU, NetDef, OperatorDef, operator_def
 from ..ops.dtypes import DType
-from ..ops.errors import (
-    BlobspaceError,
-    ConflictError,
-    InternalError,
-    InvalidInputError,
-    MemoryLimitError,
-    NotFoundError,
-)
-from ..ops.execution import (
-    Collectives,
-    CompiledNet,
-    Files,
-    Slot,
-    compile_operator,
-    operator_errors,
-)
+from ..ops.errors import ConflictError, InvalidInputError, MemoryLimitError, NotFoundError
+from ..ops.execution import Collectives, CompiledNet, Files, Slot, compile_operator, operator_errors
 from ..ops.net import Net
-from ..ops.values import (
-    Array,
-    Kind,
-    check_name,
-    normalize_value,
-    pack_plain,
-    pack_strings,
-    unpack_plain,
-    unpack_strings,
-)
+from ..ops.values import Array, Kind, check_name, normalize_value
+from .blob import Blob, BlobSpec, copied_plain, own_blob
 from .devices import array_module, to_host
 from .files import LocalFiles
+from .freezing import FrozenWorkspace, Lease, Stage, generator_state, packed_payload, restorable
 from .gate import Gate
-from .memory import BlobAllocation, Buffer, BufferPool, MemoryStatistics
+from .memory import BlobAllocation, BufferPool, MemoryStatistics
+from .names import check_workspace_name
 from .snapshot import BlobSnapshot, WorkspaceSnapshot
 from .solo import SoloCollectives
 
-_WORKSPACE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _LEASE_WAIT_S = 60.0
 _LARGEST_SHOWN = 5
-
-
-def check_workspace_name(name: object) -> str:
-    """Return ``name`` if it may name a workspace: letters, digits, ``.``, ``_``, ``-``; at most 128 characters.
-
-    Raises:
-        InvalidInputError: It may not.
-    """
-    if not isinstance(name, str) or not _WORKSPACE_NAME.match(name):
-        raise InvalidInputError(
-            f"{name!r:.150} cannot name a workspace. Expected 1 to 128 characters: letters, digits, '.', '_' and '-', "
-            f"the first one a letter or a digit.",
-            name=str(name)[:150],
-        )
-    return name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlobSpec:
-    """What can be said of a blob without looking at its values.
-
-    Attributes:
-        workspace: The workspace that owns it; a child is ``parent:path``.
-        name: The blob's name.
-        kind: What it holds.
-        dtype: Element type of a tensor, else None.
-        shape: Shape of a tensor or a string tensor, else None.
-        nbytes: Bytes of a tensor's elements; 0 for the rest.
-        version: Raised by each write.
-    """
-
-    workspace: str
-    name: str
-    kind: Kind
-    dtype: str | None
-    shape: tuple[int, ...] | None
-    nbytes: int
-    version: int
-
-
-class Blob:
-    """A name and, at the moment, a value. Lives in one workspace's table."""
-
-    __slots__ = ("array", "buffer", "kind", "name", "value", "version")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.kind = Kind.UNINITIALIZED
-        self.array: Array | None = None
-        self.value: Any = None
-        self.buffer: Buffer | None = None
-        self.version = 0
-
-    def spec(self, workspace: str) -> BlobSpec:
-        """Describe the blob, which ``workspace`` owns."""
-        array = self.array
-        strings = self.value if self.kind is Kind.STRINGS else None
-        return BlobSpec(
-            workspace=workspace,
-            name=self.name,
-            kind=self.kind,
-            dtype=None if array is None else array.dtype.name,
-            shape=tuple(array.shape) if array is not None else None if strings is None else strings.shape,
-            nbytes=0 if array is None else int(array.nbytes),
-            version=self.version,
-        )
 
 
 class _Process:
@@ -149,35 +59,6 @@ class _Process:
         self.table = threading.RLock()
         self.binding_epoch = 0
         self.names_version = 1
-
-
-class Lease:
-    """A snapshot's hold on buffers. Release it when the bytes are safe; releasing twice does nothing."""
-
-    def __init__(self, pool: BufferPool, buffers: Sequence[Buffer]) -> None:
-        self._pool = pool
-        self._buffers: Sequence[Buffer] = buffers
-        self._lock = threading.Lock()
-
-    def release(self) -> None:
-        """Give the buffers back to their blobs, or to the pool where a blob has moved on."""
-        with self._lock:
-            buffers, self._buffers = self._buffers, ()
-        for buffer in buffers:
-            self._pool.release(buffer)
-
-
-@dataclass(frozen=True, slots=True)
-class FrozenWorkspace:
-    """A workspace's content at one moment, held by a lease. Nothing has been copied.
-
-    Attributes:
-        lease: To be released when the content is not needed any more.
-        snapshot: Makes the snapshot; packs plain values, so it is called by whoever writes, not by who freezes.
-    """
-
-    lease: Lease
-    snapshot: Callable[[], WorkspaceSnapshot]
 
 
 class Workspace:
@@ -313,7 +194,7 @@ class Workspace:
         Raises:
             MemoryLimitError: The workspace's limit would be passed.
         """
-        blob = _own(slot)
+        blob = own_blob(slot)
         buffer, array = blob.buffer, blob.array
         if buffer is not None and array is not None and buffer.is_writable:
             if array.shape == shape and array.dtype == dtype:
@@ -326,7 +207,7 @@ class Workspace:
 
     def adopt(self, slot: Slot, allocation: BlobAllocation) -> None:
         """Let a blob show an allocation; its old buffer goes back to the pool. Raises the blob's version."""
-        blob = _own(slot)
+        blob = own_blob(slot)
         with self._process.table:
             if blob.array is not allocation.array:
                 self._replace(blob, allocation)
@@ -339,7 +220,7 @@ class Workspace:
 
     def store(self, slot: Slot, kind: Kind, value: Any) -> None:
         """Let a blob hold a string tensor or a plain value. Raises the blob's version."""
-        blob = _own(slot)
+        blob = own_blob(slot)
         with self._process.table:
             changes_spec = blob.kind is not kind or (kind is Kind.STRINGS and blob.value.shape != value.shape)
             self._drop_buffer(blob)
@@ -385,7 +266,7 @@ class Workspace:
             if kind is Kind.TENSOR:
                 self._feed_tensor(blob, normal, copy=copy)
             else:
-                self.store(blob, kind, _deep_copy(normal) if kind is Kind.VALUE else normal)
+                self.store(blob, kind, copied_plain(normal) if kind is Kind.VALUE else normal)
             if existing is None:
                 with self._process.table:
                     self._blobs[name] = blob
@@ -395,8 +276,8 @@ class Workspace:
         xp = self._process.xp
         if xp is not np and value.dtype.kind == "V":
             raise InvalidInputError(
-                f"Blob {blob.name!r} cannot hold {value.dtype.name} on CUDA: CuPy has no such element type. Feed it to a "
-                f"CPU workspace, or cast it to float16 or float32 first.",
+                f"Blob {blob.name!r} cannot hold {value.dtype.name} on CUDA: CuPy has no such element type. Feed it "
+                f"to a CPU workspace, or cast it to float16 or float32 first.",
                 blob=blob.name,
                 found=value.dtype.name,
             )
@@ -430,7 +311,7 @@ class Workspace:
                 blob = self._initialized(name)
                 array, buffer = blob.array, blob.buffer
                 if buffer is None:
-                    return _fetched(blob)
+                    return blob.copied_value()
                 process.pool.lease(buffer)
             try:
                 return to_host(array)
@@ -447,7 +328,7 @@ class Workspace:
         with self._process.gate.between_work(seconds=seconds), self._process.table:
             blob = self._initialized(name)
             if blob.kind is not Kind.TENSOR:
-                return _fetched(blob)
+                return blob.copied_value()
             assert blob.buffer is not None
             array, buffer = blob.array, blob.buffer
             self._process.pool.lease(buffer)
@@ -522,7 +403,8 @@ class Workspace:
             **args: The operator's arguments; also ``device_option`` and ``name``.
 
         Raises:
-            BlobspaceError: It does not fit, or failed; its inputs are intact and the workspace goes on.
+            BlobspaceError: It does not fit, or failed. The workspace goes on, and the inputs are intact, except that
+                a step which fails midway may have begun to overwrite what it writes in place.
         """
         operator = operator_def(type, inputs, outputs, **args)
         compiled = compile_operator(operator, self.device_type)
@@ -748,7 +630,7 @@ class Workspace:
                 (workspace._path, compiled.net) for workspace in self._family() for compiled in workspace._nets.values()
             )
             state = {
-                "generators": {workspace._path: _generator_state(workspace._generator) for workspace in self._family()},
+                "generators": {workspace._path: generator_state(workspace._generator) for workspace in self._family()},
                 "seed": self._seed,
             }
 
@@ -761,7 +643,7 @@ class Workspace:
                         name=name,
                         kind=kind,
                         array=array,
-                        payload=_payload(kind, value),
+                        payload=packed_payload(kind, value),
                         version=version,
                     )
                     for scope, name, kind, array, value, version in frozen
@@ -788,31 +670,19 @@ class Workspace:
         Raises:
             InvalidInputError: The snapshot's nets or values do not fit this workspace; nothing has changed.
         """
-        try:
-            _check_blobs(snapshot, stage)
-            plain = [_unpacked(blob) for blob in snapshot.blobs]
-            nets = [(_checked_scope(net["scope"]), NetDef.from_plain(net["net"])) for net in snapshot.nets]
-            states: Mapping[str, Any] = snapshot.state.get("generators", {})
-            generators = {_checked_scope(path): _generator_from(state) for path, state in states.items()}
-        except BlobspaceError:
-            raise
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise InvalidInputError(
-                f"Workspace {self.name!r} cannot become what this snapshot says, and is as it was: {error!r}.",
-                workspace=self.name,
-            ) from error
-        for _, net in nets:
+        content = restorable(snapshot, stage)
+        for _, net in content.nets:
             for operator in net.operators:
                 compile_operator(operator, self.device_type)
         with nullcontext() if is_held else self._mutating("restore"), self._process.table:
             # A child that comes back is the same object, so that work which waits at the gate finds its new content.
             known = {workspace._path: workspace for workspace in self._family()}
             self._clear()
-            for path, generator in generators.items():
+            for path, generator in content.generators.items():
                 self._made_child(path, known)._generator = generator
-            for blob, value in zip(snapshot.blobs, plain, strict=True):
+            for blob, value in content.blobs:
                 self._made_child(blob.scope, known)._put(blob, value, stage)
-            for path, net in nets:
+            for path, net in content.nets:
                 workspace = self._made_child(path, known)
                 workspace._nets[net.name] = CompiledNet(net, workspace, is_restored=True)
         stage.discard()
@@ -935,129 +805,8 @@ class Workspace:
         return f"Workspace({self.name!r}, {self.device_type}, {len(self._blobs)} blobs)"
 
 
-class Stage:
-    """Memory of a workspace's pool that a snapshot is read into, before any of it is visible."""
-
-    def __init__(self, xp: Any, pool: BufferPool, fresh: Callable[..., BlobAllocation]) -> None:
-        self._xp = xp
-        self._pool = pool
-        self._fresh = fresh
-        self._allocations: dict[int, BlobAllocation] = {}
-        self._on_host: dict[int, Array] = {}
-
-    def allocate(self, shape: tuple[int, ...], dtype: DType) -> Array:
-        """Return an array to fill; of host memory also where the workspace is on a GPU.
-
-        Raises:
-            MemoryLimitError: The workspace's limit does not leave room for a second copy of its blobs.
-        """
-        allocation = self._fresh(tuple(shape), dtype, wanted_by="restore", blob="(a checkpoint's)")
-        array = allocation.array
-        if not isinstance(array, np.ndarray):
-            array = np.empty(shape, dtype)
-        # Keyed by identity: the reader hands back the very arrays that it was given.
-        self._allocations[id(array)] = allocation
-        self._on_host[id(array)] = array
-        return array
-
-    def holds(self, array: Array) -> bool:
-        """Whether this is one of the stage's arrays, not taken yet."""
-        return id(array) in self._allocations
-
-    def take(self, array: Array) -> BlobAllocation:
-        """Return the allocation behind a filled array; it is the blob's from now on."""
-        allocation = self._allocations.pop(id(array), None)
-        if allocation is None:
-            raise InternalError("A restored array did not come from the stage that it was read into.")
-        if allocation.array is not array:
-            allocation.array[...] = self._xp.asarray(array)
-        del self._on_host[id(array)]
-        return allocation
-
-    def discard(self) -> None:
-        """Give back what no blob has taken."""
-        for allocation in self._allocations.values():
-            self._pool.disown(allocation.buffer)
-        self._allocations.clear()
-        self._on_host.clear()
-
-
-def _own(slot: Slot) -> Blob:
-    if not isinstance(slot, Blob):
-        raise InternalError(f"Expected a Blob of a workspace, found {type(slot).__name__}.")
-    return slot
-
-
 def _size_bytes(shape: tuple[int, ...], dtype: DType) -> int:
     count = 1
     for size in shape:
         count *= size
     return count * dtype.itemsize
-
-
-def _deep_copy(value: object) -> object:
-    return copy.deepcopy(value) if isinstance(value, (list, dict)) else value
-
-
-def _fetched(blob: Blob) -> Any:
-    if blob.kind is Kind.TENSOR:
-        return to_host(blob.array)
-    if blob.kind is Kind.STRINGS:
-        return blob.value.copy()
-    return _deep_copy(blob.value)
-
-
-def _payload(kind: Kind, value: Any) -> bytes | None:
-    if kind is Kind.STRINGS:
-        return pack_strings(value)
-    return pack_plain(value) if kind is Kind.VALUE else None
-
-
-def _check_blobs(snapshot: WorkspaceSnapshot, stage: Stage) -> None:
-    names = {(_checked_scope(blob.scope), check_name(blob.name)) for blob in snapshot.blobs}
-    if len(names) < len(snapshot.blobs):
-        raise ValueError("a blob is there twice")
-    arrays = [blob.array for blob in snapshot.blobs if blob.array is not None]
-    if len({id(array) for array in arrays}) < len(arrays) or not all(map(stage.holds, arrays)):
-        raise ValueError("an array does not come from the stage, or is there twice")
-
-
-def _checked_scope(path: str) -> str:
-    for part in path.split("/") if path != "" else ():
-        check_workspace_name(part)
-    return path
-
-
-def _unpacked(blob: BlobSnapshot) -> Any:
-    has_payload = blob.kind in (Kind.STRINGS, Kind.VALUE)
-    if (blob.array is not None) != (blob.kind is Kind.TENSOR) or (blob.payload is not None) != has_payload:
-        raise ValueError(f"blob {blob.name!r} does not have what a blob of kind {blob.kind.value} has")
-    if blob.payload is None:
-        return None
-    return unpack_strings(blob.payload) if blob.kind is Kind.STRINGS else unpack_plain(blob.payload)
-
-
-def _generator_state(generator: np.random.Generator) -> dict[str, Any]:
-    # PCG64 counts in 128 bits, which MessagePack does not carry; as hexadecimal text it does.
-    state: Mapping[str, Any] = generator.bit_generator.state
-    inner: Mapping[str, int] = state["state"]
-    return {
-        "algorithm": state["bit_generator"],
-        "state": f"{inner['state']:x}",
-        "increment": f"{inner['inc']:x}",
-        "has_uint32": int(state["has_uint32"]),
-        "uinteger": int(state["uinteger"]),
-    }
-
-
-def _generator_from(plain: Mapping[str, Any]) -> np.random.Generator:
-    if plain.get("algorithm") != "PCG64":
-        raise InvalidInputError(f"Unknown random generator {plain.get('algorithm')!r}; expected 'PCG64'.")
-    bits = np.random.PCG64()
-    bits.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": int(plain["state"], 16), "inc": int(plain["increment"], 16)},
-        "has_uint32": plain["has_uint32"],
-        "uinteger": plain["uinteger"],
-    }
-    return np.random.Generator(bits)

@@ -1,0 +1,1 @@
+"""What blobspace promises about speed, measured: ``python -m benchmarks`` from the repository's root."""
