@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blobspace.ops import BlobspaceError, Net, OperatorDef, gradient_operators, operator_types
+from blobspace.ops import BlobspaceError, InvalidInputError, Net, OperatorDef, gradient_operators, operator_types
+from blobspace.workspace_actors.devices import array_module
 from blobspace.workspace_actors.workspace import Workspace
 
 GOLDEN = Path(__file__).parent / "caffe2_golden"
@@ -39,6 +40,27 @@ LOOSE_TYPES = {"Conv", "LRN", "SpatialBN"}
 
 # Caffe2 slices in one dimension only; blobspace does more, on purpose.
 MULTIDIMENSIONAL_SLICES = {"Slice/0", "Slice/1"}
+
+
+def has_gpu() -> bool:
+    try:
+        array_module("cuda")
+    except InvalidInputError:
+        return False
+    return True
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs CuPy and a CUDA device")]
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """The same cases on each device."""
+    return request.param
 
 
 def cases(*keys: str, without: str = "") -> list[Any]:
@@ -84,8 +106,8 @@ def assert_recorded(workspace: Workspace, expects: dict[str, Any], case: dict[st
             np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
-def run(case: dict[str, Any]) -> Workspace:
-    workspace = Workspace("oracle")
+def run(case: dict[str, Any], device: str) -> Workspace:
+    workspace = Workspace("oracle", device_type=device)
     feed(workspace, case["feeds"])
     workspace.run_operator(operator_of(case))
     return workspace
@@ -98,13 +120,13 @@ def test_the_types_that_are_recorded_and_not_implemented_are_exactly_these() -> 
 
 
 @pytest.mark.parametrize("case", cases("expects", without="error"))
-def test_the_operator_computes_what_caffe2_computed(case: dict[str, Any]) -> None:
-    assert_recorded(run(case), case["expects"], case)
+def test_the_operator_computes_what_caffe2_computed(case: dict[str, Any], device: str) -> None:
+    assert_recorded(run(case, device), case["expects"], case)
 
 
 @pytest.mark.parametrize("case", cases("expects", without="error"))
-def test_the_operator_computes_the_same_in_a_net_that_is_already_bound(case: dict[str, Any]) -> None:
-    workspace = Workspace("oracle")
+def test_the_operator_computes_the_same_in_a_net_that_is_already_bound(case: dict[str, Any], device: str) -> None:
+    workspace = Workspace("oracle", device_type=device)
     feed(workspace, case["feeds"])
     net = Net("case")
     net.add(operator_of(case))
@@ -117,8 +139,8 @@ def test_the_operator_computes_the_same_in_a_net_that_is_already_bound(case: dic
 
 
 @pytest.mark.parametrize("case", cases("grad"))
-def test_the_gradient_is_what_caffe2_computed(case: dict[str, Any]) -> None:
-    workspace, recorded_gradient = run(case), case["grad"]
+def test_the_gradient_is_what_caffe2_computed(case: dict[str, Any], device: str) -> None:
+    workspace, recorded_gradient = run(case, device), case["grad"]
     operators, gradients = gradient_operators(operator_of(case), recorded_gradient["given"])
     assert gradients == {
         name: (gradient["indices"], gradient["values"]) if isinstance(gradient, dict) else gradient
@@ -131,8 +153,8 @@ def test_the_gradient_is_what_caffe2_computed(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", cases("grad"))
-def test_the_gradient_is_the_same_in_a_net_that_is_already_bound(case: dict[str, Any]) -> None:
-    workspace, recorded_gradient = Workspace("oracle"), case["grad"]
+def test_the_gradient_is_the_same_in_a_net_that_is_already_bound(case: dict[str, Any], device: str) -> None:
+    workspace, recorded_gradient = Workspace("oracle", device_type=device), case["grad"]
     operators, _ = gradient_operators(operator_of(case), recorded_gradient["given"])
     net = Net("case", [operator_of(case), *operators])
     feeds = {**case["feeds"], **recorded_gradient["feeds"]}
@@ -145,8 +167,8 @@ def test_the_gradient_is_the_same_in_a_net_that_is_already_bound(case: dict[str,
 
 
 @pytest.mark.parametrize("case", cases("error"))
-def test_what_caffe2_refuses_is_refused_and_leaves_the_inputs_as_they_were(case: dict[str, Any]) -> None:
-    workspace = Workspace("oracle")
+def test_what_caffe2_refuses_is_refused_and_leaves_the_inputs_as_they_were(case: dict[str, Any], device: str) -> None:
+    workspace = Workspace("oracle", device_type=device)
     feed(workspace, case["feeds"])
     with pytest.raises(BlobspaceError) as caught:
         workspace.run_operator(operator_of(case))
@@ -156,7 +178,7 @@ def test_what_caffe2_refuses_is_refused_and_leaves_the_inputs_as_they_were(case:
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c["id"]) for c in CASES if c["id"] in MULTIDIMENSIONAL_SLICES])
-def test_slicing_in_several_dimensions_at_once_works_where_caffe2_refuses_it(case: dict[str, Any]) -> None:
+def test_slicing_in_several_dimensions_at_once_works_where_caffe2_refuses_it(case: dict[str, Any], device: str) -> None:
     def bounds(argument: str, position: int) -> list[int]:
         if argument in case["args"]:
             return case["args"][argument]
@@ -166,4 +188,4 @@ def test_slicing_in_several_dimensions_at_once_works_where_caffe2_refuses_it(cas
     # A negative end counts from behind the last element: -1 is all of it.
     ends = [end + size + 1 if end < 0 else end for end, size in zip(bounds("ends", 2), source.shape, strict=True)]
     expected = source[tuple(map(slice, bounds("starts", 1), ends))]
-    np.testing.assert_array_equal(run(case).fetch_blob("Y"), expected, strict=True)
+    np.testing.assert_array_equal(run(case, device).fetch_blob("Y"), expected, strict=True)

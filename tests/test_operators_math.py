@@ -536,7 +536,8 @@ def test_long_float32_sums_keep_their_precision() -> None:
     x = np.full((1, 2_000_000), 0.1, np.float32)
     exact = float(np.float32(0.1)) * x.size
     for type_ in ("ReduceBackSum", "SumElements", "ReduceSum"):
-        assert float(run(type_, {"X": x})[0].reshape(())) == pytest.approx(exact, rel=1e-6)
+        # Added one after the other they would be 1 % off; older NumPy's pairwise sums are 2e-6 off.
+        assert float(run(type_, {"X": x})[0].reshape(())) == pytest.approx(exact, rel=1e-5)
 
 
 def test_reductions_of_nothing_are_zero() -> None:
