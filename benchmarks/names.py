@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import ray
 
@@ -24,16 +25,20 @@ class _Plain:
         return 1
 
 
-def _fill(cluster: Cluster, count: int) -> None:
+def _fill(cluster: Cluster, count: int, *, are_replicas: bool) -> None:
     """Give every workspace that many names. A created net's outputs are there, uninitialised, before it runs."""
-    cluster.workspaces["w0"].feed_blob("changing", 0)
-    net = Net("names")
-    net.add(
-        "Split", ["changing"], [f"tower/layer_{index // 4:05d}/parameter_{index % 4}" for index in range(count - 1)]
-    )
-    references = [handle.submit("feed_blob", "changing", 0) for handle in cluster.workspaces.values()]
+    references = []
+    for name, handle in cluster.workspaces.items():
+        handle.feed_blob("changing", 0)
+        tower = "tower" if are_replicas else f"tower_{name}"
+        net = Net("names")
+        net.add(
+            "Split",
+            ["changing"],
+            [f"{tower}/layer_{index // 4:05d}/parameter_{index % 4}" for index in range(count - 1)],
+        )
+        references.append(handle.submit("create_net", net))
     ray.get(references)
-    cluster.create_net(net)
 
 
 def _change_one_name(cluster: Cluster, number: int) -> None:
@@ -48,9 +53,16 @@ def _change_one_name(cluster: Cluster, number: int) -> None:
 
 def run(settings: Settings) -> list[Row]:
     count = NAMES // 10 if settings.is_quick else NAMES
-    with local_ray(), launched("names", WORKSPACES) as cluster:
+    with local_ray():
         plain = [ray.remote(num_cpus=0)(_Plain).remote() for _ in range(WORKSPACES)]
-        _fill(cluster, count)
+        return [
+            row for are_replicas in (True, False) for row in _measure(settings, plain, count, are_replicas=are_replicas)
+        ]
+
+
+def _measure(settings: Settings, plain: list[Any], count: int, *, are_replicas: bool) -> list[Row]:
+    with launched("names", WORKSPACES) as cluster:
+        _fill(cluster, count, are_replicas=are_replicas)
         numbers = itertools.count()
 
         def fan_out() -> float:
@@ -77,24 +89,25 @@ def run(settings: Settings) -> list[Row]:
         )
         names = cluster.blob_names()
         assert {len(own) for own in names.values()} == {count + 1}, "every workspace shows all its names"
-    size = f"{WORKSPACES} x {count:,} names"
+    kind = "the same in all" if are_replicas else "others in each"
+    what = f"{WORKSPACES} x {count:,} names, {kind}"
     return [
         Row(
-            what=f"{size}, first, nobody knows them, / bare fan-out",
+            what=f"{what}, first, nobody has packed them, / bare fan-out",
             value=found.ratio("all new", "fan-out"),
             unit="x",
             target=3.0,
             absolute=found.milliseconds("all new", "fan-out"),
         ),
         Row(
-            what=f"{size}, first of a client, the coordinator knows them, / bare fan-out",
+            what=f"{what}, first of another client, / bare fan-out",
             value=found.ratio("new client", "fan-out"),
             unit="x",
             target=3.0,
             absolute=found.milliseconds("new client", "fan-out"),
         ),
         Row(
-            what=f"{size}, unchanged, / bare fan-out",
+            what=f"{what}, unchanged, / bare fan-out",
             value=found.ratio("unchanged", "fan-out"),
             unit="x",
             target=1.3,
@@ -106,7 +119,8 @@ def run(settings: Settings) -> list[Row]:
 SECTION = Section(
     name="names",
     title="The catalog: cluster.blob_names()",
-    bound="First: the CPU, for packing the names (all workspaces share two cores) and for making the strings in the "
-    "client, and a second hop, by way of the coordinator; unchanged: an actor call per workspace, and one more.",
+    bound="First: the CPU. Each 10,000 names that are like no other's cost about 0.8 ms to pack in the workspace and "
+    "0.6 ms to make into strings in the client, and 8 workspaces and the client share two cores; names that replicas "
+    "share are unpacked once. Unchanged: an actor call per workspace.",
     run=run,
 )

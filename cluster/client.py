@@ -6,6 +6,7 @@ import fnmatch
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -14,23 +15,34 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError, RayActorError, RayError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayError
 
 from ..ops.definitions import NetDef
-from ..ops.errors import BlobspaceError, ConflictError, InvalidInputError, NotFoundError, WorkspaceLostError
+from ..ops.errors import (
+    BlobspaceError,
+    ConflictError,
+    DeadlineError,
+    InvalidInputError,
+    NotFoundError,
+    WorkspaceLostError,
+)
 from ..ops.net import Net
 from ..ops.values import check_plain
+from ..workspace_actors.actor import NamesToken
 from ..workspace_actors.blob import BlobSpec
 from ..workspace_actors.handle import WorkspaceHandle
 from ..workspace_actors.names import check_workspace_name
-from ..workspace_actors.packed_names import unpack_names
+from ..workspace_actors.packed_names import NameList, unpack_names
 from ..workspace_actors.ray_errors import unwrapped
 from .checkpoint import CheckpointSummary, LocalStore, list_checkpoints
 from .config import ClusterConfig, load_config, make_config
 from .coordinator import HEAD_ONLY, NAMESPACE, CoordinatorActor, coordinator_name, named_actors
-from .messages import CheckpointReport, ClusterView, NamesUpdate, RestoreReport
+from .messages import CheckpointReport, ClusterView, RestoreReport
 
 _ANSWER_S = 5.0
+# A coordinator answers questions while it works, some after probes of 10 s; one that is silent for longer hangs.
+_COORDINATOR_S = 60.0
+_ENDED_S = 10.0
 
 
 class Cluster:
@@ -51,8 +63,7 @@ class Cluster:
         self._coordinator = coordinator
         self._view = view
         self._is_owner = is_owner
-        self._names: dict[str, tuple[int, dict[str, list[str]]]] = {}
-        self._names_at = -1
+        self._names: dict[str, tuple[NamesToken, dict[str, NameList]]] = {}
         self._workspaces = _Workspaces(self._view_now, self._actor_of, self._lost)
 
     @classmethod
@@ -68,7 +79,9 @@ class Cluster:
             InvalidInputError: The configuration is wrong, or no set of nodes here can ever hold it.
             NotFoundError: A detached cluster was asked for, and there is no Ray.
             ConflictError: There is a cluster of that name already.
-            DeadlineError: The workspaces did not start in time; nothing is left behind.
+            DeadlineError: The workspaces did not start in time.
+
+        Whatever it raises, and when it is interrupted, nothing of the cluster is left behind.
         """
         checked = load_config(config) if isinstance(config, (str, Path)) else make_config(config)
         if checked.checkpoint_root is not None:
@@ -91,15 +104,17 @@ class Cluster:
         }
         if detached:
             options |= {"lifetime": "detached", "max_restarts": -1}
+        actor_class: Any = ray.remote(CoordinatorActor)
+        coordinator: Any = None
         try:
-            actor_class: Any = ray.remote(CoordinatorActor)
-            coordinator = actor_class.options(**options).remote(checked, detached)
-        except ValueError as error:
-            raise ConflictError(f"A cluster named {checked.name!r} was launched at the same moment.") from error
-        try:
+            try:
+                coordinator = actor_class.options(**options).remote(checked, detached)
+            except ValueError as error:
+                raise ConflictError(f"A cluster named {checked.name!r} was launched at the same moment.") from error
             view = _get(coordinator.start.remote(), "the coordinator")
-        except BlobspaceError:
-            ray.kill(coordinator)
+        except BaseException:  # an interrupt too: nobody would hold what it leaves
+            if coordinator is not None:
+                _abandon(coordinator, checked.name)
             raise
         return cls(coordinator, view, is_owner=True)
 
@@ -109,6 +124,7 @@ class Cluster:
 
         Raises:
             NotFoundError: There is none on the Ray that this process is connected to, or no Ray.
+            DeadlineError: Its coordinator does not answer.
         """
         check_workspace_name(name)
         connect(may_start=False)
@@ -120,7 +136,7 @@ class Cluster:
                 f"Make one with 'blobspace up', and check RAY_ADDRESS.",
                 cluster=name,
             ) from None
-        return cls(coordinator, _get(coordinator.view.remote(), "the coordinator"), is_owner=False)
+        return cls(coordinator, _answer(coordinator.view.remote(), name), is_owner=False)
 
     @property
     def name(self) -> str:
@@ -134,7 +150,7 @@ class Cluster:
 
     def view(self) -> ClusterView:
         """Return what the coordinator knows of the cluster now: members, placement, losses."""
-        self._view = _get(self._coordinator.view.remote(), "the coordinator")
+        self._view = _answer(self._coordinator.view.remote(), self.name)
         return self._view
 
     # --- the catalog ---------------------------------------------------------------------------------------
@@ -142,33 +158,50 @@ class Cluster:
     def blob_names(self) -> dict[str, list[str]]:
         """Return the blob names of every workspace: sorted, without duplicates; children as ``parent:path``.
 
-        The coordinator aggregates them. What this process knows already is only checked against the workspaces'
-        names-versions, which costs one small call each.
+        The coordinator has said who the workspaces are. Each of them answers with its names if they are not those
+        that this process knows already, so an unchanged catalog costs one small answer each. The lists cannot be
+        changed: they are the catalog's own, not copies.
 
         Raises:
             WorkspaceLostError: A workspace is gone, so the answer would not be the whole truth.
+            DeadlineError: A workspace does not answer.
         """
-        if not self._names_are_fresh():
-            known = {name: version for name, (version, _) in self._names.items()}
-            update: NamesUpdate = _get(self._coordinator.names.remote(known), "the coordinator")
-            if update.version != self._view.version:
-                self.view()
-            for name, (version, packed) in update.packed.items():
-                self._names[name] = (version, unpack_names(packed))
-            self._names_at = update.version
-            self._names = {member.name: self._names[member.name] for member in self._view.members}
-        return {name: list(names) for _, family in self._names.values() for name, names in family.items()}
+        while not self._refresh_names():
+            self.view()
+        return {
+            f"{name}:{path}" if path else name: names
+            for name, (_, family) in self._names.items()
+            for path, names in family.items()
+        }
 
-    def _names_are_fresh(self) -> bool:
-        if self._names_at != self._view.version:
-            return False
-        references = [self._coordinator.version.remote()]
-        references += [member.actor.names_version.remote() for member in self._view.members if member.is_alive]
-        try:
-            version, *versions = ray.get(references)
-        except RayActorError:
-            return False
-        return version == self._names_at and versions == [known for known, _ in self._names.values()]
+    def _refresh_names(self) -> bool:
+        """Ask for changed names; return whether all who answered belong to the generation that this view shows."""
+        members = self._view.members
+        actors = [self._actor_of(member.name) for member in members]
+        known = [self._names[member.name][0] if member.name in self._names else None for member in members]
+        asked = [actor.names_since.remote(token) for actor, token in zip(actors, known, strict=True)]
+        if all(known):
+            ray.wait(asked, num_returns=len(asked))
+        unpacked: dict[bytes, dict[str, NameList]] = {}
+        for member, reference in zip(members, asked, strict=True):
+            # One after the other: while the names of one are unpacked here, the next ones still pack theirs.
+            try:
+                answer: tuple[NamesToken, bytes] | None = ray.get(reference, timeout=_ANSWER_S)
+            except RayActorError as error:
+                raise self._lost(member.name, unwrapped(error, f"workspace {member.name!r}")) from None
+            except GetTimeoutError:
+                raise DeadlineError(
+                    f"Workspace {member.name!r} did not say within {_ANSWER_S:g} s which names it has: its process or "
+                    f"node hangs. Look at it (blobspace status), or recover the cluster.",
+                    workspace=member.name,
+                    waited_s=_ANSWER_S,
+                ) from None
+            if answer is not None:
+                token, packed = answer
+                if packed not in unpacked:
+                    unpacked[packed] = unpack_names(packed)
+                self._names[member.name] = (token, unpacked[packed])
+        return all(self._names[member.name][0][0] == self._view.generation for member in members)
 
     def blobs(self, match: str = "*", *, workspace: str = "*") -> list[BlobSpec]:
         """Return the specs of blobs: dtype, shape, bytes, version, and the workspace that owns them.
@@ -180,7 +213,7 @@ class Cluster:
         Raises:
             WorkspaceLostError: A workspace is gone.
         """
-        answers = _get(self._coordinator.specs.remote(), "the coordinator")
+        answers = _answer(self._coordinator.specs.remote(), self.name)
         return [
             spec
             for _, specs in answers
@@ -325,7 +358,7 @@ class Cluster:
     def shut_down(self) -> None:
         """End the cluster: every workspace with its blobs, then the coordinator. Checkpoints stay."""
         with suppress(RayError):
-            ray.get(self._coordinator.shut_down.remote())
+            ray.get(self._coordinator.shut_down.remote(), timeout=_COORDINATOR_S)
         ray.kill(self._coordinator)
 
     def __enter__(self) -> Cluster:
@@ -348,13 +381,13 @@ class Cluster:
     def _actor_of(self, name: str) -> Any:
         member = next((member for member in self._view.members if member.name == name), None)
         if member is None or not member.is_alive:
-            raise _get(self._coordinator.lost_error.remote(name), "the coordinator")
+            raise _answer(self._coordinator.lost_error.remote(name), self.name)
         return member.actor
 
     def _lost(self, name: str, error: BlobspaceError) -> BlobspaceError:
         """Return the error for a call whose actor is gone, and learn what the coordinator knows by now."""
         try:
-            lost: WorkspaceLostError = _get(self._coordinator.lost_error.remote(name), "the coordinator")
+            lost: WorkspaceLostError = _answer(self._coordinator.lost_error.remote(name), self.name)
             self.view()
         except BlobspaceError:
             return error
@@ -395,6 +428,43 @@ def clusters() -> list[str]:
     connect(may_start=False)
     suffix = coordinator_name("")
     return sorted(name.removesuffix(suffix) for name in named_actors() if name.endswith(suffix))
+
+
+def remove_remains(name: str) -> list[str]:
+    """End every actor of a cluster by its name, and return which workspaces those were.
+
+    For a cluster whose coordinator is gone or hangs: the detached workspaces outlive it, and nobody else ends them.
+    Ray ends them in the background; :func:`has_remains` says when they are gone.
+    """
+    remains = _remains(name)
+    # The coordinator first, so that it makes no more of them.
+    for actor_name in sorted(remains, key=lambda remain: remain != coordinator_name(name)):
+        with suppress(ValueError):  # gone by itself meanwhile
+            ray.kill(ray.get_actor(actor_name, namespace=NAMESPACE))
+    own = f"{name}/workspace/"
+    return sorted({remain.removeprefix(own).rpartition("#")[0] for remain in remains if remain.startswith(own)})
+
+
+def has_remains(name: str) -> bool:
+    """Return whether Ray has any actor of the cluster, alive or about to end."""
+    return bool(_remains(name))
+
+
+def _remains(name: str) -> list[str]:
+    check_workspace_name(name)
+    connect(may_start=False)
+    return [actor_name for actor_name in named_actors() if actor_name.startswith(f"{name}/")]
+
+
+def _abandon(coordinator: Any, name: str) -> None:
+    """End a cluster that is half made; what stopped the launch is more telling than what may fail here."""
+    with suppress(RayError, BlobspaceError, RuntimeError):
+        ray.kill(coordinator)
+        ends = time.monotonic() + _ENDED_S
+        # Again and again: the coordinator may make one more workspace while it is being ended.
+        while has_remains(name) and time.monotonic() < ends:
+            remove_remains(name)
+            time.sleep(0.02)
 
 
 def connect(*, may_start: bool, log_level: int = logging.INFO) -> None:
@@ -462,6 +532,22 @@ def _get(reference: Any, who: str) -> Any:
         return ray.get(reference)
     except RayError as error:
         raise unwrapped(error, who) from None
+
+
+def _answer(reference: Any, cluster: str) -> Any:
+    """Return the coordinator's answer to a question, which it gives at once whatever else it is doing."""
+    try:
+        return ray.get(reference, timeout=_COORDINATOR_S)
+    except GetTimeoutError:
+        raise DeadlineError(
+            f"The coordinator of cluster {cluster!r} did not answer within {_COORDINATOR_S:g} s; its process hangs or "
+            f"is cut off. Try again; if it stays so, end the cluster (blobspace down), launch it again, and restore "
+            f"its last checkpoint.",
+            cluster=cluster,
+            waited_s=_COORDINATOR_S,
+        ) from None
+    except RayError as error:
+        raise unwrapped(error, f"the coordinator of cluster {cluster!r}") from None
 
 
 def _absolute(root: str) -> str:

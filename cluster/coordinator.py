@@ -34,7 +34,7 @@ from ..workspace_actors.collectives import MeetingPoint
 from ..workspace_actors.ray_errors import first_line, unwrapped
 from .checkpoint import LocalStore, Manifest, commit, list_checkpoints, make_manifest, read_manifest
 from .config import ClusterConfig
-from .messages import CheckpointReport, ClusterView, MemberView, NamesUpdate, RestoreReport
+from .messages import CheckpointReport, ClusterView, MemberView, RestoreReport
 from .operations import Call, CheckpointOperation, Operation, RestoreOperation
 from .placement import NODE_ID_LABEL, NodeView, PlacementRequest, check_feasible, describe_nodes
 from .protocol_run import ProtocolRun
@@ -89,9 +89,7 @@ class CoordinatorActor:
         self._config = config
         self._is_detached = is_detached
         self._generation = 1
-        self._version = 0
         self._members: dict[str, _Member] = {}
-        self._names: dict[str, tuple[int, bytes]] = {}
         self._meeting_point: Any = None
         self._operation: str | None = None
         self._run: ProtocolRun | None = None
@@ -130,16 +128,6 @@ class CoordinatorActor:
             await self.start()
         return self._view()
 
-    async def version(self) -> int:
-        """Return the number that rises with each change of the members."""
-        if not self._is_ready:
-            await self.start()
-        return self._version
-
-    async def config(self) -> ClusterConfig:
-        """Return the configuration that the cluster was made with."""
-        return self._config
-
     async def shut_down(self) -> None:
         """End every workspace and the meeting point. The caller then ends the coordinator."""
         for member in self._members.values():
@@ -151,7 +139,6 @@ class CoordinatorActor:
         return ClusterView(
             name=self._config.name,
             generation=self._generation,
-            version=self._version,
             members=tuple(member.view for member in self._members.values()),
             checkpoint_root=self._config.checkpoint_root,
             last_committed_step=None if self._last_committed is None else self._last_committed[1],
@@ -315,8 +302,6 @@ class CoordinatorActor:
         self._members = {
             known: self._members[known] for known in self._config.workspace_names() if known in self._members
         }
-        self._names.pop(name, None)
-        self._version += 1
 
     def _absent(self, name: str, reason: str) -> MemberView:
         rank = self._config.workspace_names().index(name)
@@ -360,8 +345,6 @@ class CoordinatorActor:
         if member is None or member.view.actor is not actor or not member.view.is_alive:
             return
         member.view = replace(member.view, is_alive=False, lost_because=reason)
-        self._names.pop(name, None)
-        self._version += 1
         if self._run is not None:
             self._run.lose(name, self._lost_error(member.view))
         with suppress(RayError):
@@ -400,25 +383,6 @@ class CoordinatorActor:
             raise self._lost_error(lost[0])
 
     # --- the catalog ---------------------------------------------------------------------------------------
-
-    async def names(self, known: dict[str, int]) -> NamesUpdate:
-        """Return the names of every workspace whose names-version is not the known one.
-
-        Raises:
-            WorkspaceLostError: A workspace is gone, so nobody can say which names the cluster has.
-        """
-        self._check_whole()
-        views = [member.view for member in self._members.values()]
-        answers = await self._ask_all(
-            views, lambda view: view.actor.names_since.remote(self._names.get(view.name, (0, b""))[0])
-        )
-        for view, answer in zip(views, answers, strict=True):
-            if answer is not None:
-                self._names[view.name] = answer
-        changed = {
-            view.name: self._names[view.name] for view in views if self._names[view.name][0] != known.get(view.name)
-        }
-        return NamesUpdate(version=self._version, packed=changed)
 
     async def specs(self) -> list[tuple[MemberView, list[BlobSpec]]]:
         """Return the specs of all blobs, by workspace.
@@ -553,7 +517,6 @@ class CoordinatorActor:
         await self._carry_out(operation, None)
         # Every member has reset its count of collective iterations; so does the place where they meet.
         await self._meeting_point.open.remote(self._generation, list(self._members))
-        self._names.clear()
         self._last_committed = (root, manifest.step)
         at = operation.phase_began
         return RestoreReport(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +38,6 @@ class ClusterView:
     Attributes:
         name: The cluster's name.
         generation: Raised by each recovery; fences off whatever belongs to an older one.
-        version: Raised by each change of the members; a client compares it to know whether its view is fresh.
         members: By rank.
         checkpoint_root: The configured root, or None.
         last_committed_step: The newest checkpoint that this coordinator knows of, or None.
@@ -49,25 +47,11 @@ class ClusterView:
 
     name: str
     generation: int
-    version: int
     members: tuple[MemberView, ...]
     checkpoint_root: str | None
     last_committed_step: int | None
     code_version: str
     operation: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NamesUpdate:
-    """What has changed in the catalog since a client last asked.
-
-    Attributes:
-        version: The cluster's version.
-        packed: For each workspace that has changed: its names-version and its packed names.
-    """
-
-    version: int
-    packed: Mapping[str, tuple[int, bytes]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ SHELLS = {
     "workspace_actors/ray_errors.py",
     "cluster/client.py",
     "cluster/coordinator.py",
-    "cluster/command_line.py",
+    "cluster/command_line/live_facts.py",
 }
 SHELL_FOLDERS = ("cluster/demo/",)
 

@@ -19,6 +19,7 @@ import blobspace
 from blobspace.cluster.checkpoint import LocalStore, Manifest, commit, make_manifest, write_workspace
 from blobspace.cluster.checkpoint.format import content_hash
 from blobspace.cluster.command_line import EXIT_CODES, main
+from blobspace.cluster.command_line.exit_codes import PHRASES, in_terminal_words
 from blobspace.ops import errors
 from blobspace.workspace_actors import Workspace
 
@@ -321,11 +322,28 @@ def test_a_bug_ends_with_the_code_of_an_internal_error_and_no_traceback(
     def broken(*_: object) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr("blobspace.cluster.command_line.list_checkpoints", broken)
+    monkeypatch.setattr("blobspace.cluster.command_line.commands.list_checkpoints", broken)
     ran = run("ls", root)
     assert (ran.code, ran.out) == (1, "")
     assert re.match(r"error: TypeError: a bug \(at .*test_command_line\.py:[0-9]+\)\.", ran.err)
     assert run("ls", root, "--json").document["error"]["kind"] == "internal"
+
+
+def test_an_error_tells_a_terminal_the_command_and_not_the_call() -> None:
+    message = "It is lost. cluster.recover() recreates it. Pass replace=True."
+    assert in_terminal_words(message, ["checkpoint"]) == (
+        "It is lost. 'blobspace recover' recreates it. Pass --replace."
+    )
+    for words in (["checkpoint", "--cluster", "shop"], ["--cluster=shop"]):
+        option = " ".join(words[-2:]).removeprefix("checkpoint ")
+        assert f"'blobspace recover {option}'" in in_terminal_words(message, words)
+
+
+@pytest.mark.parametrize("phrase", PHRASES)
+def test_every_phrase_that_is_replaced_is_one_of_the_library(phrase: str) -> None:
+    root = Path(__file__).parent.parent
+    sources = [*(root / "cluster").glob("*.py"), *(root / "cluster/checkpoint").glob("*.py")]
+    assert any(phrase in source.read_text(encoding="utf-8") for source in sources)
 
 
 def test_the_help_names_every_exit_code(run: Run) -> None:

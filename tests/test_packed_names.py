@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,3 +40,23 @@ def test_many_names_that_are_alike_take_little_room() -> None:
     packed = pack_names({"w0": names})
     assert len(packed) < sum(map(len, names)) / 4
     assert unpack_names(packed) == {"w0": names}
+
+
+def test_names_that_were_unpacked_cannot_be_changed() -> None:
+    names = unpack_names(pack_names({"": ["a", "b"]}))[""]
+    assert names == ["a", "b"]
+    assert isinstance(names, list)
+    changes: list[Callable[[], object]] = [
+        lambda: names.append("c"),
+        names.sort,
+        lambda: names.__setitem__(0, "c"),
+        lambda: names.__delitem__(0),
+        lambda: names.__iadd__(["c"]),
+        names.clear,
+        names.pop,
+    ]
+    for change in changes:
+        with pytest.raises(TypeError, match="change a copy"):
+            change()
+    assert list(names) == ["a", "b"]
+    assert type(pickle.loads(pickle.dumps(names))) is list

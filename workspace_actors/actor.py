@@ -18,7 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import ray
 
@@ -35,6 +35,9 @@ from .workspace import Workspace
 
 CONCURRENCY_GROUPS = {"inspect": 2, "control": 2, "checkpoint": 2, "watch": 1}
 _WATCH_S = 10.0 * 365 * 86400
+
+NamesToken: TypeAlias = tuple[int, int]
+"""The cluster's generation and a names-version; equal tokens of one workspace mean equal names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +117,7 @@ class WorkspaceActor:
         self._lock = threading.Lock()
         self._frozen: dict[str, _Frozen] = {}
         self._staged: dict[str, _Staged] = {}
+        self._packed: tuple[NamesToken, bytes] = ((0, 0), b"")
 
     def __repr__(self) -> str:
         return f"Workspace({self._options.name}, {self._options.device_type})"
@@ -191,17 +195,23 @@ class WorkspaceActor:
         return self._workspace.child(child).nets()
 
     @ray.method(concurrency_group="inspect")
-    def names_version(self) -> int:
-        return self._workspace.names_version
+    def names_since(self, known: NamesToken | None) -> tuple[NamesToken, bytes] | None:
+        """Return a token of the present names and the packed names of the workspace and its children.
 
-    @ray.method(concurrency_group="inspect")
-    def names_since(self, version: int) -> tuple[int, bytes] | None:
-        """Return the names-version and the packed names of the workspace and its children; None if unchanged."""
+        Returns:
+            None if ``known`` is the present token: the caller has these names already.
+        """
         # Read before the names: a change in between is then reported again, never missed.
-        current = self._workspace.names_version
-        if current == version:
+        token = (self._generation, self._workspace.names_version)
+        if token == known:
             return None
-        return current, pack_names(self._workspace.family_names())
+        with self._lock:
+            packed_at, packed = self._packed
+        if packed_at != token:
+            packed = pack_names(self._workspace.family_names())
+            with self._lock:
+                self._packed = (token, packed)
+        return token, packed
 
     @ray.method(concurrency_group="inspect")
     def specs(self) -> list[BlobSpec]:

@@ -2,6 +2,45 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ... import __version__
+from ...ops.errors import DeadlineError, InvalidInputError, NotFoundError
+from ..checkpoint import list_checkpoints, read_index, read_manifest
+from ..checkpoint import verify as verify_checkpoint
+from .exit_codes import EXIT_CODES
+from .live_facts import attach, cluster_facts, connected_client, spec_facts, value_facts
+from .output import (
+    bytes_text,
+    count_text,
+    print_facts,
+    print_json,
+    print_table,
+    say,
+    seconds_text,
+    value_text,
+    value_texts,
+)
+from .stored_facts import entry_facts, manifest_facts, open_store, summary_facts
+from .tables import show_blobs, show_clusters, show_return, show_summaries, show_verification, verify_progress
+
+if TYPE_CHECKING:
+    from ..client import Cluster
+
+_EPILOG = (
+    "Exit codes: 0 done, 1 internal error, 2 usage or invalid input, 3 not found, 4 conflict, 5 corrupt checkpoint, "
+    "6 storage, 7 deadline passed, 8 workspace lost, 9 memory limit passed."
+)
+_GONE_S = 30.0
+
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 _ClusterName = Annotated[str, typer.Option("--cluster", metavar="NAME", help="The cluster.")]
@@ -52,7 +91,7 @@ def up(
 
     It ends when all workspaces run. Ray must be running already ('ray start --head').
     """
-    from .config import load_config  # noqa: PLC0415  (pydantic and YAML, for this command alone)
+    from ..config import load_config  # noqa: PLC0415  (pydantic and YAML, for this command alone)
 
     checked = load_config(config)
     client = connected_client()
@@ -64,23 +103,36 @@ def up(
 
 @app.command(epilog=_EPILOG)
 def down(cluster: _ClusterName = "default", as_json: _AsJson = False) -> None:
-    """End a cluster; its checkpoints stay."""
+    """End a cluster; its checkpoints stay.
+
+    Also ends what is left of a cluster whose coordinator is gone, or does not answer.
+    """
     client = connected_client()
-    running: Cluster = client.Cluster.attach(cluster)
-    names = list(running.workspaces)
-    running.shut_down()
+    try:
+        running: Cluster = client.Cluster.attach(cluster)
+        names = list(running.workspaces)
+        running.shut_down()
+        had_coordinator = True
+    except (NotFoundError, DeadlineError):
+        if not client.has_remains(cluster):
+            raise
+        names = client.remove_remains(cluster)
+        had_coordinator = False
     # Ray ends actors in the background; until then an 'up' of the same name would be refused.
     ends = time.monotonic() + _GONE_S
-    while cluster in client.clusters():
+    while client.has_remains(cluster):
         if time.monotonic() > ends:
-            raise DeadlineError(
-                f"Ray has not ended the coordinator of cluster {cluster!r} within {_GONE_S:g} s.", cluster=cluster
-            )
+            raise DeadlineError(f"Ray has not ended all of cluster {cluster!r} within {_GONE_S:g} s.", cluster=cluster)
         time.sleep(0.02)
     if as_json:
-        print_json({"cluster": cluster, "workspaces": names})
-    else:
+        print_json({"cluster": cluster, "workspaces": names, "had_coordinator": had_coordinator})
+    elif had_coordinator:
         say(f"Cluster {cluster!r} with {count_text(len(names), 'workspace')} is gone.")
+    else:
+        say(
+            f"Cluster {cluster!r} had no working coordinator any more. What it left is ended: "
+            f"{', '.join(names) or 'no workspace'}."
+        )
 
 
 @app.command(epilog=_EPILOG)
@@ -188,8 +240,8 @@ def checkpoint(
         f"{count_text(report.blob_count, 'blob')}, {bytes_text(report.tensor_bytes)}."
     )
     say(
-        f"Compute stood still for {seconds_text(report.stall_s)}; writing took {seconds_text(report.write_s)}, all together "
-        f"{seconds_text(report.total_s)}."
+        f"Compute stood still for {seconds_text(report.stall_s)}; writing took {seconds_text(report.write_s)}, all "
+        f"together {seconds_text(report.total_s)}."
     )
 
 
@@ -210,11 +262,30 @@ def restore(
         report = attached.restore(step, root=root, deadline_s=deadline)
     if as_json:
         print_json(asdict(report))
+    else:
+        show_return(cluster, report)
+
+
+@app.command(epilog=_EPILOG)
+def recover(
+    cluster: _ClusterName = "default",
+    step: _Step = None,
+    root: _ClusterRoot = None,
+    deadline: _Deadline = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Recreate lost workspaces, and take all back to a checkpoint.
+
+    Work under way in the others ends with an error. Without a checkpoint to go back to, nothing changes.
+    """
+    attached = attach(cluster)
+    with Console(stderr=True).status("recovering …"):
+        report = attached.recover(step, root=root, deadline_s=deadline)
+    if as_json:
+        print_json(asdict(report))
         return
-    say(
-        f"Cluster {cluster!r} is back at step {report.step} from {report.root}: "
-        f"{count_text(report.workspace_count, 'workspace')}, {bytes_text(report.tensor_bytes)} in {seconds_text(report.total_s)}."
-    )
+    show_return(cluster, report)
+    say(f"Made anew: {', '.join(report.recreated)}." if report.recreated else "No workspace was lost.")
 
 
 @app.command(epilog=_EPILOG)
@@ -258,7 +329,7 @@ def demo(
 
     Starts a local Ray of its own. Exit code 0 means that the interrupted training ended with the same bits.
     """
-    from . import demo as demonstration  # noqa: PLC0415  (for this command alone)
+    from .. import demo as demonstration  # noqa: PLC0415  (for this command alone)
 
     raise typer.Exit(demonstration.main(as_json=as_json, quick=quick, keep=keep))
 

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from ...workspace_actors import BlobSpec
+    from ..client import Cluster
+    from ..messages import ClusterView, MemberView
+
+_ANSWER_S = 10.0
+_FIRST_VALUES = 8
+
 
 def connected_client() -> ModuleType:
     """Load Ray, connect to one that runs, and return the module that needs it."""
-    from . import client  # noqa: PLC0415  (loads Ray, which the commands that only read do without)
+    from .. import client  # noqa: PLC0415  (loads Ray, which the commands that only read do without)
 
     with _silent_stderr():
         client.connect(may_start=False, log_level=logging.ERROR)
@@ -28,10 +48,12 @@ def _silent_stderr() -> Generator[None]:
 
 
 def attach(name: str) -> Cluster:
+    """Return the running cluster of that name."""
     return connected_client().Cluster.attach(name)
 
 
 def cluster_facts(view: ClusterView) -> dict[str, Any]:
+    """Return what the coordinator and every living workspace say of a cluster."""
     return {
         "name": view.name,
         "generation": view.generation,
@@ -88,6 +110,7 @@ def _member_facts(members: Sequence[MemberView]) -> list[dict[str, Any]]:
 
 
 def value_facts(cluster: Cluster, owner: str, name: str) -> dict[str, Any]:
+    """Return a blob's value as it is now: type, shape, statistics, the first elements."""
     value = cluster.workspaces[owner].peek_blob(name)
     if not isinstance(value, np.ndarray):
         return {"type": "value", "value": value}
@@ -129,6 +152,7 @@ def _plain_numbers(array: np.ndarray[Any, Any]) -> list[Any]:
 
 
 def spec_facts(spec: BlobSpec) -> dict[str, Any]:
+    """Return what a listing says of a live blob."""
     return {
         "workspace": spec.workspace,
         "name": spec.name,

@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any, Literal, cast
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_PIPE_WIDTH = 10_000
+_NAME_COLUMNS = ("workspace", "blob", "cluster", "shape")
+
 
 class ReaderGoneError(Exception):
     """Nobody reads stdout any more. Not BrokenPipeError, which click and rich both end with code 1."""
@@ -13,6 +29,7 @@ def print_table(
     *,
     total: Sequence[str] | None = None,
 ) -> None:
+    """Print rows under bold heads; ``total`` becomes the last row."""
     table = Table(
         box=SIMPLE, pad_edge=False, show_edge=False, header_style="bold", footer_style="bold", show_footer=bool(total)
     )
@@ -28,6 +45,7 @@ def print_table(
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
+    """Print a label and a text on each line."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -45,10 +63,16 @@ def _print(table: Table) -> None:
 
 
 def print_json(document: object) -> None:
+    """Print one JSON document."""
     say(json.dumps(_jsonable(document), indent=2, allow_nan=False, ensure_ascii=False))
 
 
 def say(text: str) -> None:
+    """Print a line.
+
+    Raises:
+        ReaderGoneError: Nobody reads any more.
+    """
     try:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
@@ -72,6 +96,7 @@ def _jsonable(value: object) -> Any:
 
 
 def value_texts(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return the facts of a value as texts."""
     texts = {label: value_text(fact) for label, fact in facts.items()}
     if "shape" in facts:
         texts |= {"shape": shape_text(facts["shape"]), "tensor_bytes": bytes_text(facts["tensor_bytes"])}
@@ -79,6 +104,7 @@ def value_texts(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def value_text(value: object) -> str:
+    """Return a plain value in few characters."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, bytes):
@@ -90,10 +116,12 @@ def value_text(value: object) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
+    """Return a shape as Python writes it."""
     return str(tuple(shape))
 
 
 def bytes_text(count: int) -> str:
+    """Return a byte count in binary units."""
     if count < 1024:
         return f"{count} B"
     power = min((count.bit_length() - 1) // 10, 4)
@@ -101,16 +129,20 @@ def bytes_text(count: int) -> str:
 
 
 def seconds_text(duration_s: float) -> str:
+    """Return a duration in milliseconds or seconds."""
     return f"{duration_s * 1000:.0f} ms" if duration_s < 1 else f"{duration_s:.1f} s"
 
 
 def count_text(number: int, noun: str) -> str:
+    """Return ``1 blob``, ``2 blobs``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def utc_text(unix_ns: int) -> str:
+    """Return a moment in ISO 8601, for machines."""
     return datetime.fromtimestamp(unix_ns / 1e9, timezone.utc).isoformat(timespec="seconds")
 
 
 def local_time_text(unix_ns: int) -> str:
+    """Return a moment by this machine's clock, for people."""
     return datetime.fromtimestamp(unix_ns / 1e9, timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...ops.errors import NotFoundError
+from ..checkpoint import BlobEntry, CheckpointSummary, LocalStore, Manifest
+from .output import utc_text
+
 
 def open_store(root: str) -> LocalStore:
+    """Return the store in a folder.
+
+    Raises:
+        NotFoundError: There is no such folder.
+    """
     try:
         is_folder = Path(root).is_dir()
     except OSError:
@@ -14,6 +27,7 @@ def open_store(root: str) -> LocalStore:
 
 
 def manifest_facts(root: str, manifest: Manifest) -> dict[str, Any]:
+    """Return what a manifest says of its checkpoint."""
     return {
         "root": root,
         "step": manifest.step,
@@ -38,6 +52,7 @@ def manifest_facts(root: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def entry_facts(workspace: str, entry: BlobEntry) -> dict[str, Any]:
+    """Return what a listing says of a stored blob."""
     return {
         "workspace": f"{workspace}:{entry.scope}" if entry.scope else workspace,
         "name": entry.name,
@@ -49,4 +64,5 @@ def entry_facts(workspace: str, entry: BlobEntry) -> dict[str, Any]:
 
 
 def summary_facts(summary: CheckpointSummary) -> dict[str, Any]:
+    """Return what a listing says of a checkpoint."""
     return asdict(summary) | {"created": utc_text(summary.created_unix_ns) if summary.is_readable else None}

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from ..checkpoint import CheckpointSummary, VerifyReport
+from ..messages import RestoreReport
+from .output import bytes_text, count_text, local_time_text, print_json, print_table, say, seconds_text, shape_text
+
 
 def show_clusters(clusters: Sequence[dict[str, Any]], *, as_json: bool) -> None:
+    """Show clusters with their workspaces."""
     if as_json:
         print_json({"clusters": clusters})
         return
@@ -57,7 +69,9 @@ def _show_members(workspaces: Sequence[dict[str, Any]]) -> None:
             ("memory", "right"),
         ],
         rows,
-        total=("total", "", "", "", "", str(sums[0]), bytes_text(sums[1]), bytes_text(sums[2])) if len(rows) > 1 else None,
+        total=("total", "", "", "", "", str(sums[0]), bytes_text(sums[1]), bytes_text(sums[2]))
+        if len(rows) > 1
+        else None,
     )
     for fact in workspaces:
         if fact["reason"]:
@@ -65,6 +79,7 @@ def _show_members(workspaces: Sequence[dict[str, Any]]) -> None:
 
 
 def show_blobs(blobs: Sequence[dict[str, Any]]) -> None:
+    """Show blobs, live or stored, and their total."""
     rows = [
         (
             fact["workspace"],
@@ -86,11 +101,19 @@ def show_blobs(blobs: Sequence[dict[str, Any]]) -> None:
             ("version", "right"),
         ],
         rows,
-        total=("total", count_text(len(blobs), "blob"), "", "", bytes_text(sum(fact["tensor_bytes"] for fact in blobs)), ""),
+        total=(
+            "total",
+            count_text(len(blobs), "blob"),
+            "",
+            "",
+            bytes_text(sum(fact["tensor_bytes"] for fact in blobs)),
+            "",
+        ),
     )
 
 
 def show_summaries(root: str, summaries: Sequence[CheckpointSummary]) -> None:
+    """Show the checkpoints of a folder, the unreadable ones with their problem."""
     if not summaries:
         say(f"There is no checkpoint in {root}.")
         return
@@ -126,7 +149,10 @@ def show_summaries(root: str, summaries: Sequence[CheckpointSummary]) -> None:
 
 
 def show_verification(report: VerifyReport, *, took_s: float) -> None:
-    checked = f"{count_text(report.blob_count, 'blob')}, {bytes_text(report.checked_bytes)} checked in {seconds_text(took_s)}"
+    """Show a verification's findings."""
+    checked = (
+        f"{count_text(report.blob_count, 'blob')}, {bytes_text(report.checked_bytes)} checked in {seconds_text(took_s)}"
+    )
     if report.is_sound:
         say(f"Step {report.step} is sound: {checked}.")
         return
@@ -138,6 +164,15 @@ def show_verification(report: VerifyReport, *, took_s: float) -> None:
         if damage.blob is not None:
             place += f", blob {damage.blob}"
         say(f"  - {place}: {damage.problem}")
+
+
+def show_return(cluster: str, report: RestoreReport) -> None:
+    """Say where a restore or a recovery has taken a cluster."""
+    say(
+        f"Cluster {cluster!r} is back at step {report.step} from {report.root}: "
+        f"{count_text(report.workspace_count, 'workspace')}, {bytes_text(report.tensor_bytes)} in "
+        f"{seconds_text(report.total_s)}."
+    )
 
 
 @contextmanager

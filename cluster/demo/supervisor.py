@@ -173,9 +173,10 @@ class _Demo:
                 name: {blob: handle.fetch_blob(blob) for blob in _COMPARED}
                 for name, handle in cluster.workspaces.items()
             }
-            self._names = cluster.blob_names()
+            for spec in cluster.blobs():
+                self._names.setdefault(spec.workspace, []).append(spec.name)
             narrator.say(f"Test accuracy {accuracy:.1%}. We keep the parameters of all four workspaces.")
-            narrator.say("The coordinator knows what lies where:")
+            narrator.say("The coordinator has asked every workspace what it holds:")
             narrator.names(self._names)
         if self._is_kept:
             arrays: dict[str, Any] = {

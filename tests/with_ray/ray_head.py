@@ -1,8 +1,10 @@
-"""A real ``ray start --head`` for tests: on loopback, with its own ports and folder, and gone at the end."""
+"""A real ``ray start --head`` for tests: on loopback, with a token, its own ports and folder, and gone at the end."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -10,13 +12,30 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 SCRIPTS = Path(sys.executable).parent
+TOKEN = "0123456789abcdef" * 4
+# Runs command after command: loading Ray and connecting to it, which is most of a command's time, is done once.
+SHELL = """
+import contextlib, io, json, sys
+from blobspace.cluster.command_line import main
+for line in sys.stdin:
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(json.loads(line))
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +51,7 @@ class RayHead:
     folder: Path
     environment: dict[str, str]
     dashboard_address: str | None
+    _shell: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def run(self, *words: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a program that connects to it."""
@@ -48,6 +68,54 @@ class RayHead:
     def blobspace(self, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run the script ``blobspace``."""
         return self.run(SCRIPTS / "blobspace", *words, **environment)
+
+    def command(self, *words: object) -> subprocess.CompletedProcess[str]:
+        """Run a command of ``blobspace`` in the one process that runs all of these."""
+        if not self._shell:
+            self._shell.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", SHELL],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    cwd=self.folder,
+                    env=self.environment,
+                )
+            )
+        shell = self._shell[0]
+        assert shell.stdin is not None
+        assert shell.stdout is not None
+        shell.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+        shell.stdin.flush()
+        # A command that hangs ends here, and with it the shell: its output ends, and there is nothing to parse.
+        watchdog = threading.Timer(120, shell.kill)
+        watchdog.start()
+        code, out, err = json.loads(shell.stdout.readline())
+        watchdog.cancel()
+        return subprocess.CompletedProcess(words, code, out, err)
+
+    def end_shell(self) -> None:
+        """End the process of :meth:`command`, if there is one."""
+        for shell in self._shell:
+            with shell:
+                shell.kill()
+
+
+_HEAD: pytest.StashKey[RayHead] = pytest.StashKey()
+
+
+def shared_head(config: pytest.Config) -> RayHead:
+    """Return the one head of this session, which is started for whoever asks first."""
+    pytest.importorskip("ray")
+    if _HEAD not in config.stash:
+        # What ray[default] brings along, and ray alone does not.
+        has_dashboard = all(importlib.util.find_spec(name) is not None for name in ("aiohttp", "opencensus"))
+        stack = contextlib.ExitStack()
+        config.add_cleanup(stack.close)
+        head = ray_head(has_dashboard=has_dashboard, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
+        config.stash[_HEAD] = stack.enter_context(head)
+        stack.callback(config.stash[_HEAD].end_shell)
+    return config.stash[_HEAD]
 
 
 @contextmanager

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_head import SCRIPTS, RayHead, ray_head, wait_until
+from ray_head import SCRIPTS, RayHead, shared_head, wait_until
 
 REPOSITORY = Path(__file__).parent.parent.parent
 NAMED_ACTORS = """
@@ -21,32 +19,31 @@ print([entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    pytest.importorskip("ray")
-    # What ray[default] brings along, and ray alone does not.
-    if any(importlib.util.find_spec(name) is None for name in ("aiohttp", "opencensus")):
+def head(request: pytest.FixtureRequest) -> RayHead:
+    running = shared_head(request.config)
+    if running.dashboard_address is None:
         pytest.skip("ray[default] is not installed: no dashboard, no jobs")
-    with ray_head(has_dashboard=True, RAY_AUTH_MODE="disabled") as running:
-        yield running
+    return running
 
 
 def test_a_job_checkpoints_a_running_cluster(head: RayHead) -> None:
-    config = head.folder / "cluster.yaml"
+    config = head.folder / "shop.yaml"
     config.write_text('name: shop\nworkspaces:\n  - {name: "w{index}", count: 2}\n', encoding="utf-8")
-    up = head.blobspace("up", config)
+    up = head.command("up", config)
     assert up.returncode == 0, up.stderr
 
-    root = head.folder / "checkpoints"
+    root = head.folder / "of-the-job"
     ran = submit(head, "blobspace", "checkpoint", "--cluster", "shop", "--step", "7", "--root", root)
     assert f"Step 7 is committed in {root}: 2 workspaces" in ran
     assert "succeeded" in ran
     check_upload(head)
 
-    verified = head.blobspace("verify", root, "--json")
+    verified = head.command("verify", root, "--json")
     assert verified.returncode == 0, verified.stdout
     assert json.loads(verified.stdout)["step"] == 7
 
-    assert head.blobspace("down", "--cluster", "shop").returncode == 0
+    down = head.blobspace("down", "--cluster", "shop")
+    assert (down.returncode, down.stdout) == (0, "Cluster 'shop' with 2 workspaces is gone.\n")
     wait_until(lambda: head.run(sys.executable, "-c", NAMED_ACTORS).stdout == "[]\n", "the end of all actors")
 
 
@@ -69,5 +66,5 @@ def check_upload(head: RayHead) -> None:
     top = {path.name for path in uploaded.iterdir()}
     assert {"blobspace", "configs", "pyproject.toml"} <= top
     assert not top & {".git", ".venv", "venv", ".ruff_cache", ".pytest_cache"}
-    assert (uploaded / "blobspace" / "cluster" / "command_line.py").is_file()
+    assert (uploaded / "blobspace" / "cluster" / "command_line" / "__main__.py").is_file()
     assert sum(path.stat().st_size for path in uploaded.rglob("*")) < 20 * 2**20
