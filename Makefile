@@ -26,11 +26,12 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/blobspace demo
 
-test: $(READY)
-	$(BIN)/python -m pytest
+test: test-fast
+	$(BIN)/python -m pytest tests/with_ray
 
+# Those without Ray share nothing and run side by side.
 test-fast: $(READY)
-	$(BIN)/python -m pytest --ignore tests/with_ray
+	$(BIN)/python -m pytest --quiet --numprocesses 2 --ignore tests/with_ray
 
 check: format lint types test wheel
 

@@ -42,6 +42,7 @@ from .messages import CheckpointReport, ClusterView, RestoreReport
 _ANSWER_S = 5.0
 # A coordinator answers questions while it works, some after probes of 10 s; one that is silent for longer hangs.
 _COORDINATOR_S = 60.0
+_WORKSPACE_S = 60.0
 _ENDED_S = 10.0
 
 
@@ -186,15 +187,15 @@ class Cluster:
         for member, reference in zip(members, asked, strict=True):
             # One after the other: while the names of one are unpacked here, the next ones still pack theirs.
             try:
-                answer: tuple[NamesToken, bytes] | None = ray.get(reference, timeout=_ANSWER_S)
+                answer: tuple[NamesToken, bytes] | None = ray.get(reference, timeout=_WORKSPACE_S)
             except RayActorError as error:
                 raise self._lost(member.name, unwrapped(error, f"workspace {member.name!r}")) from None
             except GetTimeoutError:
                 raise DeadlineError(
-                    f"Workspace {member.name!r} did not say within {_ANSWER_S:g} s which names it has: its process or "
+                    f"Workspace {member.name!r} did not say within {_WORKSPACE_S:g} s which names it has: its process or "
                     f"node hangs. Look at it (blobspace status), or recover the cluster.",
                     workspace=member.name,
-                    waited_s=_ANSWER_S,
+                    waited_s=_WORKSPACE_S,
                 ) from None
             if answer is not None:
                 token, packed = answer

@@ -50,17 +50,22 @@ def has_gpu() -> bool:
     return True
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs CuPy and a CUDA device")]
-        ),
-    ]
-)
+HAS_GPU = has_gpu()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else ["cpu"])
 def device(request: pytest.FixtureRequest) -> str:
     """The same cases on each device."""
     return request.param
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs CuPy and a CUDA device; where there is one, every case here runs on it")
+def test_the_cases_run_on_cuda_too() -> None:
+    workspace = Workspace("oracle", device_type="cuda")
+    workspace.feed_blob("x", np.ones(3, np.float32))
+    assert workspace.xp.__name__ == "cupy"
+    np.testing.assert_array_equal(workspace.fetch_blob("x"), np.ones(3))
 
 
 def cases(*keys: str, without: str = "") -> list[Any]:

@@ -153,7 +153,7 @@ class TestArguments:
             np.dtype("M8[s]"),
             np.array([None, object()]),
         ],
-        ids=lambda value: repr(value)[:30],
+        ids=lambda value: repr(value).partition(" at 0x")[0][:30],
     )
     def test_what_no_checkpoint_could_carry_is_refused_by_name(self, value: object) -> None:
         with pytest.raises(InvalidInputError, match="Operator T: argument 'a'"):
