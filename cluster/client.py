@@ -192,8 +192,8 @@ class Cluster:
                 raise self._lost(member.name, unwrapped(error, f"workspace {member.name!r}")) from None
             except GetTimeoutError:
                 raise DeadlineError(
-                    f"Workspace {member.name!r} did not say within {_WORKSPACE_S:g} s which names it has: its process or "
-                    f"node hangs. Look at it (blobspace status), or recover the cluster.",
+                    f"Workspace {member.name!r} did not say within {_WORKSPACE_S:g} s which names it has: its process "
+                    f"or node hangs. Look at it (blobspace status), or recover the cluster.",
                     workspace=member.name,
                     waited_s=_WORKSPACE_S,
                 ) from None
