@@ -15,16 +15,12 @@ from blobspace.workspace_actors.packed_names import pack_names, unpack_names
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 
 
-@given(st.dictionaries(NAMES, st.lists(NAMES, max_size=6), max_size=4))
-def test_what_is_packed_comes_back_in_its_order(names: dict[str, list[str]]) -> None:
+@given(st.dictionaries(NAMES, st.lists(NAMES, max_size=6), max_size=4), st.lists(NAMES, max_size=6))
+def test_what_is_packed_comes_back_in_its_order(children: dict[str, list[str]], own: list[str]) -> None:
+    names = {"": own, **children}
     back = unpack_names(pack_names(names))
     assert back == names
     assert list(back) == list(names)
-
-
-def test_no_workspace_and_no_name_are_not_the_same() -> None:
-    assert unpack_names(pack_names({})) == {}
-    assert unpack_names(pack_names({"w0": []})) == {"w0": []}
 
 
 def test_names_of_a_workspace_and_its_children_come_back() -> None:
@@ -37,9 +33,9 @@ def test_names_of_a_workspace_and_its_children_come_back() -> None:
 
 def test_many_names_that_are_alike_take_little_room() -> None:
     names = [f"tower_{i:02}/layer_{j:03}/weight_momentum" for i in range(20) for j in range(50)]
-    packed = pack_names({"w0": names})
+    packed = pack_names({"": names})
     assert len(packed) < sum(map(len, names)) / 4
-    assert unpack_names(packed) == {"w0": names}
+    assert unpack_names(packed) == {"": names}
 
 
 def test_names_that_were_unpacked_cannot_be_changed() -> None:

@@ -34,14 +34,23 @@ class NameList(list[str]):
 def pack_names(names: Mapping[str, Sequence[str]]) -> bytes:
     """Pack sorted names by the path of the child that owns them (``""`` for the workspace itself).
 
-    NUL separates names, and no name has one.
+    NUL separates names, and no name has one. Sizes stand beside the text, which is compressed as a whole.
     """
-    plain = pack_plain({path: "\0".join(own) for path, own in names.items()})
+    texts = ["\0".join(own).encode("utf-8") for own in names.values()]
+    plain = b"".join(texts)
     deflate = zlib.compressobj(1, zlib.DEFLATED, _RAW_DEFLATE)
-    return b"".join([len(plain).to_bytes(8, "little"), deflate.compress(plain), deflate.flush()])
+    sizes = [[path, len(text)] for path, text in zip(names, texts, strict=True)]
+    return pack_plain([sizes, deflate.compress(plain) + deflate.flush()])
 
 
 def unpack_names(packed: bytes) -> dict[str, NameList]:
     """Return what :func:`pack_names` was given."""
-    plain = zlib.decompress(packed[8:], _RAW_DEFLATE, int.from_bytes(packed[:8], "little"))
-    return {path: NameList(joined.split("\0") if joined else ()) for path, joined in unpack_plain(plain).items()}
+    sizes, deflated = unpack_plain(packed)
+    plain = zlib.decompress(deflated, _RAW_DEFLATE, sum(size for _, size in sizes) or 1)
+    names: dict[str, NameList] = {}
+    begin = 0
+    for path, size in sizes:
+        text = plain[begin : begin + size].decode("utf-8")
+        names[path] = NameList(text.split("\0") if text else ())
+        begin += size
+    return names
