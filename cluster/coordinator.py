@@ -94,7 +94,7 @@ class CoordinatorActor:
         self._operation: str | None = None
         self._run: ProtocolRun | None = None
         self._last_committed: tuple[str, int] | None = None
-        self._is_ready = False
+        self._starting: asyncio.Task[None] | None = None
         context = ray.get_runtime_context()
         if context.was_current_actor_reconstructed:
             # Nobody may call for a while, and an old barrier of its predecessor may hold the workspaces.
@@ -112,21 +112,30 @@ class CoordinatorActor:
             InvalidInputError: The nodes can never hold them.
             DeadlineError: Ray did not start them in time; none is left behind.
         """
-        if not self._is_ready:
-            async with self._exclusively("start"):
-                found = self._find_workspaces() if self._is_detached else {}
-                if found:
-                    await self._take_over(found)
-                else:
-                    await self._make_all()
-                self._is_ready = True
+        await self._ready()
         return self._view()
 
     async def view(self) -> ClusterView:
         """Return what is known of the cluster."""
-        if not self._is_ready:
-            await self.start()
+        await self._ready()
         return self._view()
+
+    async def _ready(self) -> None:
+        """Wait until the workspaces are there; the first caller has them made, or taken over.
+
+        Whoever comes while that is under way waits for the same; whoever comes after it has failed tries again.
+        """
+        if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
+            self._starting = asyncio.ensure_future(self._bring_up())
+        await asyncio.shield(self._starting)
+
+    async def _bring_up(self) -> None:
+        async with self._exclusively("start"):
+            found = self._find_workspaces() if self._is_detached else {}
+            if found:
+                await self._take_over(found)
+            else:
+                await self._make_all()
 
     async def shut_down(self) -> None:
         """End every workspace and the meeting point. The caller then ends the coordinator."""
@@ -151,7 +160,7 @@ class CoordinatorActor:
         check_feasible([self._request(name) for name in names], live_nodes())
         self._meeting_point = self._make_meeting_point()
         await self._make(names)
-        await self._join_all()
+        await self._open_meetings()
 
     async def _take_over(self, found: dict[str, tuple[int, Any]]) -> None:
         identities = await asyncio.gather(*(self._probe(actor) for _, actor in found.values()), return_exceptions=True)
@@ -164,7 +173,8 @@ class CoordinatorActor:
                 self._admit(name, actor, identity)
         self._generation += 1
         self._meeting_point = self._make_meeting_point()
-        await self._join_all()
+        await self._join_all(barrier=None)
+        await self._open_meetings()
         await asyncio.to_thread(self._find_last_committed)
 
     def _find_workspaces(self) -> dict[str, tuple[int, Any]]:
@@ -315,19 +325,31 @@ class CoordinatorActor:
         if member.view.actor is not None:
             ray.kill(member.view.actor)
 
-    async def _join_all(self) -> None:
-        names = self._config.workspace_names()
+    async def _join_all(self, *, barrier: str | None) -> None:
+        """Take every living workspace into this generation; with a barrier each is held from that moment on."""
         alive = [member.view for member in self._members.values() if member.view.is_alive]
-        await self._meeting_point.open.remote(self._generation, names)
-        await asyncio.gather(
-            *(view.actor.join.remote(self._generation, self._meeting_point, view.rank, len(names)) for view in alive)
+        await self._ask_all(
+            alive,
+            lambda view: view.actor.join.remote(
+                self._generation,
+                self._meeting_point,
+                view.rank,
+                len(self._members),
+                barrier,
+                self._config.checkpoint_deadline_s,
+            ),
         )
-        if len(alive) < len(names):
+
+    async def _open_meetings(self) -> None:
+        if all(member.view.is_alive for member in self._members.values()):
+            await self._meeting_point.open.remote(self._generation, list(self._members))
+        else:
             await self._close_meetings()
 
     async def _close_meetings(self) -> None:
         lost = [member.view.name for member in self._members.values() if not member.view.is_alive]
-        await self._meeting_point.close.remote(self._generation, f"lost workspace(s): {', '.join(lost)}", lost)
+        reason = f"lost workspace(s): {', '.join(lost)}" if lost else "the cluster is being recovered"
+        await self._meeting_point.close.remote(self._generation, reason, lost)
 
     # --- losses --------------------------------------------------------------------------------------------
 
@@ -367,6 +389,7 @@ class CoordinatorActor:
 
     async def lost_error(self, name: str) -> WorkspaceLostError:
         """Return the error that says how a workspace was lost; a caller has just seen its actor gone."""
+        await self._ready()
         member = self._members.get(name)
         if member is None:
             return WorkspaceLostError(f"The cluster has no workspace {name!r}.", workspace=name)
@@ -390,6 +413,7 @@ class CoordinatorActor:
         Raises:
             WorkspaceLostError: A workspace is gone.
         """
+        await self._ready()
         self._check_whole()
         views = [member.view for member in self._members.values()]
         answers = await self._ask_all(views, lambda view: view.actor.specs.remote())
@@ -410,6 +434,7 @@ class CoordinatorActor:
         self, step: int, root: str, metadata: dict[str, Any], replace_step: bool, deadline_s: float | None
     ) -> CheckpointReport:
         """Make one checkpoint of all workspaces. See :meth:`Cluster.checkpoint`."""
+        await self._ready()
         async with self._exclusively(f"checkpoint of step {step}"):
             self._check_whole()
             store = LocalStore(root)
@@ -467,13 +492,17 @@ class CoordinatorActor:
 
     async def restore(self, step: int | None, root: str, deadline_s: float | None) -> RestoreReport:
         """Take all workspaces back to a checkpoint. See :meth:`Cluster.restore`."""
+        await self._ready()
         async with self._exclusively("restore"):
             self._check_whole()
             manifest = await asyncio.to_thread(read_manifest, LocalStore(root), step)
-            return await self._restore(manifest, root, deadline_s, recreated=(), began=time.monotonic())
+            return await self._restore(
+                manifest, root, deadline_s, barrier=_restore_barrier(), recreated=(), began=time.monotonic()
+            )
 
     async def recover(self, step: int | None, root: str, deadline_s: float | None) -> RestoreReport:
         """Recreate lost workspaces and take all back to a checkpoint. See :meth:`Cluster.recover`."""
+        await self._ready()
         async with self._exclusively("recovery"):
             began = time.monotonic()
             manifest = await asyncio.to_thread(read_manifest, LocalStore(root), step)
@@ -483,12 +512,19 @@ class CoordinatorActor:
             if lost:
                 check_feasible([self._request(name) for name in self._members], live_nodes())
             self._generation += 1
+            try:
+                await self._close_meetings()
+            except RayActorError:
+                self._meeting_point = self._make_meeting_point()
             if lost:
                 for name in lost:
                     self._forget(self._members[name])
                 await self._make(lost)
-            await self._join_all()
-            return await self._restore(manifest, root, deadline_s, recreated=tuple(lost), began=began)
+            barrier = _restore_barrier()
+            # From here on the survivors stand still: queued work must not meet members that are still empty.
+            await self._join_all(barrier=barrier)
+            await self._open_meetings()
+            return await self._restore(manifest, root, deadline_s, barrier=barrier, recreated=tuple(lost), began=began)
 
     async def _notice_losses(self) -> None:
         alive = [member.view for member in self._members.values() if member.view.is_alive]
@@ -500,11 +536,18 @@ class CoordinatorActor:
                 await self._lose(view.name, view.actor, first_line(answer))
 
     async def _restore(
-        self, manifest: Manifest, root: str, deadline_s: float | None, *, recreated: tuple[str, ...], began: float
+        self,
+        manifest: Manifest,
+        root: str,
+        deadline_s: float | None,
+        *,
+        barrier: str,
+        recreated: tuple[str, ...],
+        began: float,
     ) -> RestoreReport:
         self._check_same_shape(manifest)
         operation = RestoreOperation(
-            barrier=f"restore {uuid.uuid4().hex[:12]}",
+            barrier=barrier,
             generation=self._generation,
             members=tuple(self._members),
             deadline_s=deadline_s or self._config.checkpoint_deadline_s,
@@ -515,8 +558,6 @@ class CoordinatorActor:
             ),
         )
         await self._carry_out(operation, None)
-        # Every member has reset its count of collective iterations; so does the place where they meet.
-        await self._meeting_point.open.remote(self._generation, list(self._members))
         self._last_committed = (root, manifest.step)
         at = operation.phase_began
         return RestoreReport(
@@ -572,6 +613,10 @@ class CoordinatorActor:
             raise await self.lost_error(action.workspace) from None
         except RayError as error:
             raise unwrapped(error, f"workspace {action.workspace!r}") from None
+
+
+def _restore_barrier() -> str:
+    return f"restore {uuid.uuid4().hex[:12]}"
 
 
 async def _awaited(reference: Any) -> Any:

@@ -207,7 +207,6 @@ class CheckpointOperation(Operation):
 
     make_writer: Callable[[int], Any]
     receipts: dict[str, Any] = field(default_factory=dict[str, Any], init=False)
-    frozen_bytes: int = field(default=0, init=False)
 
     WHAT = "checkpoint"
 
@@ -222,7 +221,6 @@ class CheckpointOperation(Operation):
                 target = max(answers.values())
                 return self._begin("freeze", target)
             case "freeze":
-                self.frozen_bytes = sum(answers.values())
                 return self._begin("resume")
             case "resume":
                 return self._begin(

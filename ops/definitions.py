@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,10 +122,6 @@ class OperatorDef:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInputError(f"Not an operator definition: {error!r}.") from error
-
-    def with_device(self, device_option: DeviceOption | None) -> OperatorDef:
-        """Return the same operator with another device request."""
-        return replace(self, device_option=device_option)
 
     def __str__(self) -> str:
         label = f"{self.type} ({self.name})" if self.name else self.type

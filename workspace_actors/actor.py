@@ -229,9 +229,6 @@ class WorkspaceActor:
     @ray.method(concurrency_group="inspect")
     def identity(self) -> ActorIdentity:
         """Say where the actor runs and which code it runs."""
-        return self._identity()
-
-    def _identity(self) -> ActorIdentity:
         return ActorIdentity(
             name=self._options.name,
             node_id=ray.get_runtime_context().get_node_id(),
@@ -249,14 +246,22 @@ class WorkspaceActor:
     # --- control: the moves of a barrier (gate.py) ---------------------------------------------------------
 
     @ray.method(concurrency_group="control")
-    def join(self, generation: int, meeting_point: Any, rank: int, size: int) -> ActorIdentity:
-        """Become a member of a new generation of the cluster; collectives count from 0 again."""
+    def join(
+        self, generation: int, meeting_point: Any, rank: int, size: int, barrier: str | None, seconds: float
+    ) -> None:
+        """Become a member of a new generation of the cluster; collectives count from 0 again.
+
+        With a ``barrier`` the workspace is held from this moment on: work that is queued must not meet members that
+        have yet to be restored.
+        """
         self._fence(generation)
         self._generation = generation
         # What an older coordinator left behind: nobody will write or apply it any more.
-        for barrier in [*self._frozen, *self._staged]:
-            self._let_go(barrier)
+        for old in [*self._frozen, *self._staged]:
+            self._let_go(old)
         self._workspace.gate.lift()
+        if barrier is not None:
+            self._workspace.gate.hold(barrier, seconds=seconds)
         self._workspace.set_collectives(
             RayCollectives(
                 meeting_point,
@@ -266,7 +271,6 @@ class WorkspaceActor:
                 deadline_s=self._options.collective_deadline_s,
             )
         )
-        return self._identity()
 
     @ray.method(concurrency_group="control")
     def hold(self, generation: int, barrier: str, seconds: float) -> int:
@@ -281,8 +285,8 @@ class WorkspaceActor:
         self._workspace.gate.wait_stopped(barrier, target=target)
 
     @ray.method(concurrency_group="control")
-    def freeze(self, generation: int, barrier: str, target: int) -> int:
-        """Stop, and take a lease on everything; return the bytes of the tensors held."""
+    def freeze(self, generation: int, barrier: str, target: int) -> None:
+        """Stop, and take a lease on everything."""
         self._fence(generation)
         self._workspace.gate.wait_stopped(barrier, target=target)
         frozen = _Frozen(self._workspace.freeze())
@@ -292,7 +296,6 @@ class WorkspaceActor:
             # The barrier was called off meanwhile; nobody will come to release this snapshot.
             self._let_go(barrier)
             raise ConflictError(f"Barrier {barrier!r} was called off.", workspace=self._options.name)
-        return sum(spec.nbytes for spec in self._workspace.specs())
 
     @ray.method(concurrency_group="control")
     def resume(self, generation: int, barrier: str) -> None:

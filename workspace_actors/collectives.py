@@ -45,7 +45,6 @@ class MeetingPoint:
     async def open(self, generation: int, members: Sequence[str]) -> None:
         """Let these members meet, in this order of ranks; whoever still waits in an older meeting is sent away."""
         await self.close(generation, "the cluster's members have changed", ())
-        self._generation = generation
         self._members = tuple(members)
         self._broken = None
 
@@ -53,6 +52,7 @@ class MeetingPoint:
         """End every meeting with an error, and refuse new ones until :meth:`open`."""
         if generation < self._generation:
             return
+        self._generation = generation
         error = WorkspaceLostError(
             f"The collective cannot end: {reason}. Recover the cluster (cluster.recover()), then resume.",
             workspaces=list(lost),

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,18 @@ def kill(cluster: Cluster, name: str) -> int:
     member = next(member for member in cluster.view().members if member.name == name)
     os.kill(member.pid, signal.SIGKILL)
     return member.pid
+
+
+def meeting_points() -> set[int]:
+    """Return the processes of all meeting points of this session's Ray, which shows an actor's class as its title."""
+    (raylet,) = ray._private.worker._global_node.all_processes["raylet"]
+    found: set[int] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            is_ours = f"PPid:\t{raylet.process.pid}\n" in (process / "status").read_text()
+            if is_ours and b"ray::MeetingPoint" in (process / "cmdline").read_bytes():
+                found.add(int(process.name))
+    return found
 
 
 def long_net(workspace: WorkspaceHandle) -> None:
@@ -87,6 +101,36 @@ def test_recovery_with_nobody_lost_takes_all_back(launch: Launch) -> None:
     cluster.workspaces["w0"].feed_blob("x", 2)
     assert cluster.recover().recreated == ()
     assert cluster.workspaces["w0"].fetch_blob("x") == 1
+
+
+def test_work_queued_behind_a_loss_does_not_hold_up_recovery(launch: Launch) -> None:
+    cluster = launch(3)
+    prepare(cluster)
+    cluster.checkpoint(0)
+    queued = [w.submit("run_net", "train", 50) for _ in range(40) for w in cluster.workspaces.values()]
+    kill(cluster, "w2")
+    report = cluster.recover(deadline_s=60)
+    assert report.recreated == ("w2",)
+    ray.wait(queued, num_returns=len(queued), timeout=60)
+    # Whatever of it ran afterwards ran on the restored content, on those alone that had it queued.
+    cluster.recover()
+    cluster.run_net("train", 2)
+    assert [int(w.fetch_blob("it")[0]) for w in cluster.workspaces.values()] == [2, 2, 2]
+
+
+def test_a_lost_meeting_point_is_named_and_made_anew(launch: Launch) -> None:
+    others = meeting_points()
+    cluster = launch(2)
+    prepare(cluster)
+    cluster.run_net("train", 2)
+    cluster.checkpoint(2)
+    (pid,) = meeting_points() - others
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkspaceLostError, match="meeting point"):
+        cluster.run_net("train", 1)
+    assert cluster.recover().step == 2
+    cluster.run_net("train", 1)
+    assert cluster.workspaces["w1"].fetch_blob("it").tolist() == [3]
 
 
 def test_a_workspace_killed_while_it_is_to_freeze_fails_the_checkpoint_by_name(launch: Launch) -> None:
