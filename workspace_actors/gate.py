@@ -43,7 +43,6 @@ class Gate:
         self._changed = threading.Condition()
         self._hold: _Hold | None = None
         self._running: str | None = None
-        self._visitors = 0
         self._collective_iterations = 0
         self._looking = 0
 
