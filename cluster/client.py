@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from ..workspace_actors.ray_errors import unwrapped
 from .checkpoint import CheckpointSummary, LocalStore, list_checkpoints
 from .config import ClusterConfig, load_config, make_config
 from .coordinator import HEAD_ONLY, NAMESPACE, CoordinatorActor, coordinator_name, named_actors
-from .messages import CheckpointReport, ClusterView, RestoreReport
+from .messages import CheckpointReport, ClusterView, MemberView, RestoreReport
 
 _ANSWER_S = 5.0
 # A coordinator answers questions while it works, some after probes of 10 s; one that is silent for longer hangs.
@@ -178,31 +178,46 @@ class Cluster:
     def _refresh_names(self) -> bool:
         """Ask for changed names; return whether all who answered belong to the generation that this view shows."""
         members = self._view.members
-        actors = [self._actor_of(member.name) for member in members]
         known = [self._names[member.name][0] if member.name in self._names else None for member in members]
-        asked = [actor.names_since.remote(token) for actor, token in zip(actors, known, strict=True)]
-        if all(known):
-            ray.wait(asked, num_returns=len(asked))
+        asked = [
+            self._actor_of(member.name).names_since.remote(token) for member, token in zip(members, known, strict=True)
+        ]
         unpacked: dict[bytes, dict[str, NameList]] = {}
-        for member, reference in zip(members, asked, strict=True):
-            # One after the other: while the names of one are unpacked here, the next ones still pack theirs.
-            try:
-                answer: tuple[NamesToken, bytes] | None = ray.get(reference, timeout=_WORKSPACE_S)
-            except RayActorError as error:
-                raise self._lost(member.name, unwrapped(error, f"workspace {member.name!r}")) from None
-            except GetTimeoutError:
-                raise DeadlineError(
-                    f"Workspace {member.name!r} did not say within {_WORKSPACE_S:g} s which names it has: its process "
-                    f"or node hangs. Look at it (blobspace status), or recover the cluster.",
-                    workspace=member.name,
-                    waited_s=_WORKSPACE_S,
-                ) from None
-            if answer is not None:
-                token, packed = answer
-                if packed not in unpacked:
-                    unpacked[packed] = unpack_names(packed)
-                self._names[member.name] = (token, unpacked[packed])
+        # In two halves, if all must send their names: while those of the first are unpacked, the second still packs.
+        half = len(asked) if all(known) else (len(asked) + 1) // 2
+        for part in (slice(0, half), slice(half, None)):
+            for member, answer in zip(members[part], self._names_answers(members[part], asked[part]), strict=True):
+                if answer is not None:
+                    token, packed = answer
+                    if packed not in unpacked:
+                        unpacked[packed] = unpack_names(packed)
+                    self._names[member.name] = (token, unpacked[packed])
         return all(self._names[member.name][0][0] == self._view.generation for member in members)
+
+    def _names_answers(
+        self, members: Sequence[MemberView], asked: Sequence[Any]
+    ) -> Sequence[tuple[NamesToken, bytes] | None]:
+        try:
+            return ray.get(list(asked), timeout=_WORKSPACE_S)
+        except (RayActorError, GetTimeoutError) as error:
+            # Which of them it was is found out one by one, for the error's sake.
+            seconds = 0.0 if isinstance(error, GetTimeoutError) else _WORKSPACE_S
+            return [
+                self._names_answer(member, reference, seconds) for member, reference in zip(members, asked, strict=True)
+            ]
+
+    def _names_answer(self, member: MemberView, reference: Any, seconds: float) -> tuple[NamesToken, bytes] | None:
+        try:
+            return ray.get(reference, timeout=seconds)
+        except RayActorError as error:
+            raise self._lost(member.name, unwrapped(error, f"workspace {member.name!r}")) from None
+        except GetTimeoutError:
+            raise DeadlineError(
+                f"Workspace {member.name!r} did not say within {_WORKSPACE_S:g} s which names it has: its process or "
+                f"node hangs. Look at it (blobspace status), or recover the cluster.",
+                workspace=member.name,
+                waited_s=_WORKSPACE_S,
+            ) from None
 
     def blobs(self, match: str = "*", *, workspace: str = "*") -> list[BlobSpec]:
         """Return the specs of blobs: dtype, shape, bytes, version, and the workspace that owns them.

@@ -44,6 +44,8 @@ class MeetingPoint:
 
     async def open(self, generation: int, members: Sequence[str]) -> None:
         """Let these members meet, in this order of ranks; whoever still waits in an older meeting is sent away."""
+        if generation < self._generation:
+            return
         await self.close(generation, "the cluster's members have changed", ())
         self._members = tuple(members)
         self._broken = None
