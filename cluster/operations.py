@@ -16,6 +16,7 @@ Restore (reading comes first, while compute goes on; nothing has changed before 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -54,7 +55,7 @@ Action: TypeAlias = Call | Publish | Finish
 
 
 @dataclass(slots=True, kw_only=True)
-class Operation:
+class Operation(ABC):
     """What checkpoint and restore have in common.
 
     Attributes:
@@ -154,14 +155,17 @@ class Operation:
             )
         )
 
+    @abstractmethod
     def _first(self) -> list[Action]:
-        raise NotImplementedError
+        """Begin the first phase."""
 
+    @abstractmethod
     def _complete(self) -> list[Action]:
-        raise NotImplementedError
+        """All have answered: begin the next phase, or end."""
 
+    @abstractmethod
     def _state_after_failure(self) -> str:
-        raise NotImplementedError
+        """Say what is true now that the operation has failed; a sentence or two for the error's text."""
 
     def _begin(self, phase: str, *shared: Any, each: Mapping[str, Any] | None = None) -> list[Action]:
         """Call the method that is named like the phase on every member that is left."""

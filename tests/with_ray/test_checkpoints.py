@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import xxhash
 from safetensors import safe_open
 from support import Launch, content, prepare, wait_until
 
@@ -153,6 +154,21 @@ def test_damage_is_found_and_no_workspace_changes(launch: Launch, what: str, how
         cluster.restore(1)
     for workspace in cluster.workspaces.values():
         assert workspace.fetch_blob("x").sum() == 100
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_no_workspace_changes(launch: Launch) -> None:
+    cluster = launch(1)
+    cluster.workspaces["w0"].feed_blob("x", 1)
+    root = Path(cluster.checkpoint(1).root)
+    cluster.workspaces["w0"].feed_blob("x", 2)
+    (manifest,) = root.glob("checkpoints/*.manifest")
+    data = bytearray(manifest.read_bytes())
+    data[8:12] = (99).to_bytes(4, "little")
+    data[-16:] = xxhash.xxh3_128_digest(data[:-16])
+    manifest.write_bytes(data)
+    with pytest.raises(InvalidInputError, match="newer"):
+        cluster.restore(1)
+    assert cluster.workspaces["w0"].fetch_blob("x") == 2
 
 
 def test_a_checkpoint_of_other_workspaces_is_refused(launch: Launch) -> None:
