@@ -104,6 +104,9 @@ class WorkspaceActor:
 
     def __init__(self, options: ActorOptions) -> None:
         self._options = options  # first, since Ray asks for the repr also where the rest of this fails
+        if options.device_type != CUDA:
+            # Ray shows an actor that asked for no GPU all of its node's; libraries would take hold of them.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         for module in options.modules:
             _import(module)
         self._generation = options.generation

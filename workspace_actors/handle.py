@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ..ops.definitions import NetDef, OperatorDef, operator_def
 from ..ops.errors import BlobspaceError, InvalidInputError
 from ..ops.net import Net
-from ..ops.values import check_name
+from ..ops.values import check_name, normalize_value
 from .memory import MemoryStatistics
 from .names import check_workspace_name
 from .ray_errors import unwrapped
@@ -64,7 +64,7 @@ class WorkspaceHandle:
         memory of its own. ``copy=False`` lets the workspace keep the object store's read-only view instead,
         for inputs that are soon replaced; it pins that memory as long as the blob shows it.
         """
-        self._get("feed_blob", check_name(name), value, copy=copy)
+        self._get("feed_blob", name, value, copy=copy)
 
     def fetch_blob(self, name: str) -> Any:
         """Return a blob's value: an array (read-only, as all that Ray brings), a string tensor, or a plain value."""
@@ -200,11 +200,17 @@ def _definition(net: Net | NetDef) -> NetDef:
     return net.definition() if isinstance(net, Net) else net
 
 
+def _feed(name: str, value: object, *, copy: bool = True) -> tuple[str, tuple[Any, ...]]:
+    # What cannot be stored need not travel first; and what comes in through DLPack travels as a NumPy array, so that
+    # the workspace's machine need not have the library that it came from.
+    return "feed_blob", (name, normalize_value(check_name(name), value)[1], copy)
+
+
 # Each verb turns its public arguments into those of the actor's method; this is where they are checked, on the
 # caller's side.
 _VERBS: dict[str, Callable[..., tuple[str, tuple[Any, ...]]]] = {
     "create_blob": lambda name: ("create_blob", (name,)),
-    "feed_blob": lambda name, value, *, copy=True: ("feed_blob", (name, value, copy)),
+    "feed_blob": _feed,
     "fetch_blob": lambda name: ("fetch_blob", (name,)),
     "peek_blob": lambda name, *, seconds=5.0: ("peek_blob", (name, seconds)),
     "has_blob": lambda name: ("has_blob", (name,)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import ray
@@ -87,6 +89,13 @@ def test_a_gpu_request_where_there_is_none_is_refused_with_what_the_nodes_have(l
     with pytest.raises(InvalidInputError, match=r"No node can hold 'w' \(1 GPU\)(.|\n)*4 CPU"):
         Cluster.launch({"name": "no-gpu", "workspaces": [{"name": "w", "num_gpus": 1}]})
     assert "no-gpu" not in clusters()
+
+
+def test_a_cpu_workspace_sees_no_gpu(launch: Launch) -> None:
+    member = launch(1).view().members[0]
+    assert member.device_type == "cpu"
+    seen = member.actor.__ray_call__.remote(lambda _: os.environ.get("CUDA_VISIBLE_DEVICES"))
+    assert ray.get(seen) == ""
 
 
 def test_more_than_all_nodes_have_is_refused_at_once(local_ray: None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -144,6 +146,16 @@ REFUSALS = {
     "a name with NUL": (lambda w: w.feed_blob("a\0b", 1), InvalidInputError, "NUL"),
     "a name that is no text": (lambda w: w.feed_blob(3, 1), InvalidInputError, "str"),
     "a value that cannot be stored": (lambda w: w.feed_blob("x", {1, 2}), InvalidInputError, "builtins.set"),
+    "a value that cannot even travel": (
+        lambda w: w.feed_blob("x", threading.Lock()),
+        InvalidInputError,
+        "_thread.lock",
+    ),
+    "a value that cannot be stored, submitted": (
+        lambda w: w.submit("feed_blob", "x", object()),
+        InvalidInputError,
+        "builtins.object",
+    ),
     "an array that cannot be stored": (
         lambda w: w.feed_blob("x", np.zeros(2, "M8[s]")),
         InvalidInputError,
