@@ -175,7 +175,10 @@ class WorkspaceHandle:
         prepare = _VERBS.get(verb)
         if prepare is None:
             raise InvalidInputError(f"A workspace has no verb {verb!r}. It has: {', '.join(sorted(_VERBS))}.")
-        method, arguments = prepare(*args, **kwargs)
+        try:
+            method, arguments = prepare(*args, **kwargs)
+        except TypeError as error:
+            raise InvalidInputError(f"The arguments of {verb} do not fit: {error}.", verb=verb) from None
         return getattr(self._actor(), method).remote(self._child, *arguments)
 
     def _get(self, verb: str, *args: Any, **kwargs: Any) -> Any:

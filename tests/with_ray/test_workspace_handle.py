@@ -176,6 +176,11 @@ REFUSALS = {
     "a net that is there already": (lambda w: w.create_net(Net("n")), ConflictError, "'n'"),
     "a child that is not there": (lambda w: w.child("nope").blobs(), NotFoundError, "no child 'nope'"),
     "a removal of what is not there": (lambda w: w.remove_blob("nope"), NotFoundError, "'nope'"),
+    "arguments that do not fit a verb": (
+        lambda w: w.submit("run_net"),
+        InvalidInputError,
+        "The arguments of run_net do not fit",
+    ),
     "a verb that is not there": (lambda w: w.submit("explode"), InvalidInputError, "no verb 'explode'"),
 }
 
