@@ -496,11 +496,11 @@ class TestDamage:
             lambda: DAMAGED["absurd dims"][0],
             lambda: DAMAGED["absurd segment"][0],
             lambda: tensor_record(dims=(2**63 - 1,) * 64, segment=None),
-            lambda: tensor_record(payload=bytes_field(1, b"\1" * 100_000)),
+            lambda: tensor_record(payload=bytes_field(1, b"\1" * 50_000)),
             lambda: tensor_record(dims=(2**40,), payload=bytes_field(4, bytes(100_000)), segment=(0, 100_000)),
-            lambda: tensor_record(dims=(50_000,), number=10, payload=b"\x50\1" * 50_000, segment=None),
-            lambda: tensor_record(dims=(50_000,), number=4, payload=bytes_field(6, b"") * 50_000, segment=None),
-            lambda: b"".join(tensor_record(key=f"{i}", payload=b"", segment=(0, 0)) for i in range(3_000)),
+            lambda: tensor_record(dims=(20_000,), number=10, payload=b"\x50\1" * 20_000, segment=None),
+            lambda: tensor_record(dims=(20_000,), number=4, payload=bytes_field(6, b"") * 20_000, segment=None),
+            lambda: b"".join(tensor_record(key=f"{i}", payload=b"", segment=(0, 0)) for i in range(1_500)),
         ],
     )
     def test_memory_follows_the_file_not_what_it_claims(self, make: Callable[[], bytes]) -> None:
