@@ -93,26 +93,17 @@ def _measure(settings: Settings, plain: list[Any], count: int, *, are_replicas: 
     what = f"{WORKSPACES} x {count:,} names, {kind}"
     return [
         Row(
-            what=f"{what}, first, nobody has packed them, / bare fan-out",
-            value=found.ratio("all new", "fan-out"),
+            what=f"{what}, {moment}, / bare fan-out",
+            value=found.ratio(contender, "fan-out"),
             unit="x",
-            target=3.0,
-            absolute=found.milliseconds("all new", "fan-out"),
-        ),
-        Row(
-            what=f"{what}, first of another client, / bare fan-out",
-            value=found.ratio("new client", "fan-out"),
-            unit="x",
-            target=3.0,
-            absolute=found.milliseconds("new client", "fan-out"),
-        ),
-        Row(
-            what=f"{what}, unchanged, / bare fan-out",
-            value=found.ratio("unchanged", "fan-out"),
-            unit="x",
-            target=1.3,
-            absolute=found.milliseconds("unchanged", "fan-out"),
-        ),
+            target=target,
+            absolute=found.milliseconds(contender, "fan-out"),
+        )
+        for moment, contender, target in (
+            ("first, nobody has packed them", "all new", 3.0),
+            ("first of another client", "new client", 3.0),
+            ("unchanged", "unchanged", 1.3),
+        )
     ]
 
 

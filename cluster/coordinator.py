@@ -32,7 +32,7 @@ from ..workspace_actors.actor import CONCURRENCY_GROUPS, ActorIdentity, ActorOpt
 from ..workspace_actors.blob import BlobSpec
 from ..workspace_actors.collectives import MeetingPoint
 from ..workspace_actors.ray_errors import first_line, unwrapped
-from .checkpoint import LocalStore, Manifest, commit, list_checkpoints, make_manifest, read_manifest
+from .checkpoint import LocalStore, Manifest, commit, list_checkpoints, make_manifest, read_manifest, refuse_existing
 from .config import ClusterConfig
 from .messages import CheckpointReport, ClusterView, MemberView, RestoreReport
 from .operations import Call, CheckpointOperation, Operation, RestoreOperation
@@ -440,7 +440,7 @@ class CoordinatorActor:
             store = LocalStore(root)
             began = time.monotonic()
             if not replace_step:
-                await asyncio.to_thread(_refuse_existing, store, step)
+                await asyncio.to_thread(refuse_existing, store, step)
             save_id = f"{time.time_ns():x}-{uuid.uuid4().hex[:8]}"
             operation = CheckpointOperation(
                 barrier=f"checkpoint {save_id}",
@@ -496,6 +496,7 @@ class CoordinatorActor:
         async with self._exclusively("restore"):
             self._check_whole()
             manifest = await asyncio.to_thread(read_manifest, LocalStore(root), step)
+            self._check_same_shape(manifest)
             return await self._restore(
                 manifest, root, deadline_s, barrier=_restore_barrier(), recreated=(), began=time.monotonic()
             )
@@ -545,7 +546,6 @@ class CoordinatorActor:
         recreated: tuple[str, ...],
         began: float,
     ) -> RestoreReport:
-        self._check_same_shape(manifest)
         operation = RestoreOperation(
             barrier=barrier,
             generation=self._generation,
@@ -621,12 +621,3 @@ def _restore_barrier() -> str:
 
 async def _awaited(reference: Any) -> Any:
     return await reference
-
-
-def _refuse_existing(store: LocalStore, step: int) -> None:
-    if any(summary.step == step for summary in list_checkpoints(store)):
-        raise ConflictError(
-            f"Step {step} has a checkpoint already in {store.location}; it is untouched. Save under another step, or "
-            f"pass replace=True to replace it.",
-            step=step,
-        )

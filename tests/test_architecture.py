@@ -111,6 +111,7 @@ SURFACE = {
         "make_manifest",
         "read_index",
         "read_manifest",
+        "refuse_existing",
         "verify",
         "write_workspace",
     ],

@@ -21,6 +21,7 @@ from blobspace.cluster.checkpoint import (
     list_checkpoints,
     make_manifest,
     read_manifest,
+    refuse_existing,
     verify,
     write_workspace,
 )
@@ -69,6 +70,17 @@ def test_nothing_is_visible_before_the_commit_and_all_is_after_it(tmp_path: Path
     assert commit(store, manifest) == "checkpoints/00000000000000000001.manifest"
     assert read_manifest(store) == manifest
     assert verify(store, manifest).is_sound
+
+
+def test_a_save_of_a_step_that_exists_is_refused_before_it_begins_damaged_or_not(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    refuse_existing(store, 1)
+    path = tmp_path / commit(store, prepared(store))
+    refuse_existing(store, 2)
+    for _ in range(2):
+        with pytest.raises(ConflictError, match=r"Step 1 has a checkpoint already.*replace=True"):
+            refuse_existing(store, 1)
+        path.write_bytes(b"damaged")
 
 
 def test_a_step_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:

@@ -307,15 +307,8 @@ class Workspace:
             # A restore may replace the blob meanwhile: it runs under a barrier, not under the compute lock. No step
             # can run meanwhile, so bound nets need not know of this lease.
             with process.table:
-                blob = self._initialized(name)
-                array, buffer = blob.array, blob.buffer
-                if buffer is None:
-                    return blob.copied_value()
-                process.pool.lease(buffer)
-            try:
-                return to_host(array)
-            finally:
-                process.pool.release(buffer)
+                finish = self._begin_copy(name)
+            return finish()
 
     def peek_blob(self, name: str, *, seconds: float = 5.0) -> Any:
         """Return a copy of a blob's value while a net may be running, as of the next iteration boundary.
@@ -325,17 +318,26 @@ class Workspace:
             DeadlineError: The net did not come to the end of an iteration within ``seconds``.
         """
         with self._process.gate.between_work(seconds=seconds), self._process.table:
-            blob = self._initialized(name)
-            if blob.kind is not Kind.TENSOR:
-                return blob.copied_value()
-            assert blob.buffer is not None
-            array, buffer = blob.array, blob.buffer
-            self._process.pool.lease(buffer)
+            finish = self._begin_copy(name)
             self._process.binding_epoch += 1
-        try:
-            return to_host(array)
-        finally:
-            self._process.pool.release(buffer)
+        return finish()
+
+    def _begin_copy(self, name: str) -> Callable[[], Any]:
+        """Take hold of a blob's value under the table lock; what is returned copies it, outside of that lock."""
+        blob = self._initialized(name)
+        array, buffer, pool = blob.array, blob.buffer, self._process.pool
+        if buffer is None:
+            value = blob.copied_value()
+            return lambda: value
+        pool.lease(buffer)
+
+        def finish() -> Any:
+            try:
+                return to_host(array)
+            finally:
+                pool.release(buffer)
+
+        return finish
 
     def has_blob(self, name: str) -> bool:
         """Whether this workspace or an ancestor has a blob of that name."""

@@ -31,7 +31,7 @@ from .reader import (
     verify,
 )
 from .store import LocalStore, Store
-from .writer import WorkspaceReceipt, commit, make_manifest, write_workspace
+from .writer import WorkspaceReceipt, commit, make_manifest, refuse_existing, write_workspace
 
 __all__ = [
     "FORMAT_VERSION",
@@ -57,6 +57,7 @@ __all__ = [
     "make_manifest",
     "read_index",
     "read_manifest",
+    "refuse_existing",
     "verify",
     "write_workspace",
 ]

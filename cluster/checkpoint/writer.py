@@ -8,6 +8,7 @@ reader sees anything of the save; from it on, everything that it refers to is th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -228,13 +229,31 @@ def commit(store: Store, manifest: Manifest, *, replace: bool = False) -> str:
     except ConflictError as error:
         if _holds(store, path, data):
             return path
-        raise ConflictError(
-            f"Step {manifest.step} has a checkpoint already in {store.location} ({path}); it is untouched. Save under "
-            f"another step, or pass replace=True to replace it. ({error.message})",
-            step=manifest.step,
-            path=path,
-        ) from error
+        raise _taken(store, manifest.step, f" ({error.message})") from error
     return path
+
+
+def refuse_existing(store: Store, step: int) -> None:
+    """Raise if a step has a checkpoint; asked before a save, so that a save which must fail does not begin.
+
+    Only :func:`commit` decides: another saver may come in between.
+
+    Raises:
+        ConflictError: The step has a checkpoint, whole or damaged.
+    """
+    with suppress(NotFoundError):
+        store.size(manifest_path(step))
+        raise _taken(store, step)
+
+
+def _taken(store: Store, step: int, cause: str = "") -> ConflictError:
+    path = manifest_path(step)
+    return ConflictError(
+        f"Step {step} has a checkpoint already in {store.location} ({path}); it is untouched. Save under another "
+        f"step, or pass replace=True to replace it.{cause}",
+        step=step,
+        path=path,
+    )
 
 
 def _check_complete(store: Store, manifest: Manifest) -> None:

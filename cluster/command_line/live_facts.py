@@ -69,6 +69,8 @@ def _member_facts(members: Sequence[MemberView]) -> list[dict[str, Any]]:
     import ray  # noqa: PLC0415  (loaded by now)
     from ray.exceptions import GetTimeoutError, RayActorError  # noqa: PLC0415
 
+    from ...workspace_actors.ray_errors import first_line  # noqa: PLC0415  (likewise)
+
     asked = {
         member.name: [member.actor.specs.remote(), member.actor.memory.remote()]
         for member in members
@@ -96,7 +98,7 @@ def _member_facts(members: Sequence[MemberView]) -> list[dict[str, Any]]:
         try:
             specs, memory = ray.get(asked[member.name], timeout=max(0.0, ends - time.monotonic()))
         except RayActorError as error:
-            fact |= {"state": "lost", "reason": str(error).strip().partition("\n")[0]}
+            fact |= {"state": "lost", "reason": first_line(error)}
         except GetTimeoutError:
             fact |= {"state": "silent", "reason": f"It did not answer within {_ANSWER_S:g} s."}
         else:
